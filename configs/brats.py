@@ -1,0 +1,64 @@
+"""Brain tumours (BraTS): T1, T1ce, T2, FLAIR -> background, NCR, ED, ET; regions WT, TC, ET.
+
+    python -m entrust_jax.train --config=configs/brats.py --config.data.dir=FOLDER   (accelerators; not run here)
+    python -m entrust_jax.train --config=configs/brats.py:demo                       (built-in phantom, two CPU cores)
+
+The folder holds one folder a case, BraTS 2020 / 2021 (NAME_t1.nii.gz ...) or 2023 (NAME-t1n.nii.gz ...) names. In the 2023
+layout ET has the value 3: --config.data.label_map="((0,0),(1,1),(2,2),(3,3))". BraTS 2013 as redistributed has four tumour
+values: --config.data.label_map="((0,0),(1,1),(2,2),(3,1),(4,3))".
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = common.get_config()
+    config.name = "brats" + (f"_{arg}" if arg else "")
+    config.data.update(
+        layout="brats",
+        source="https://www.synapse.org/brats",
+        modalities=("T1", "T1ce", "T2", "FLAIR"),
+        reference="T1ce",
+        classes=("background", "NCR", "ED", "ET"),
+        label_map=((0, 0), (1, 1), (2, 2), (4, 3)),
+        patch=(192, 192),
+    )
+    config.data.regions = ConfigDict({"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)})
+    config.model.update(widths=(32, 64, 128, 256), d_c=32, d_u=16, space_to_depth=1)
+    config.unet.widths = (32, 64, 128, 256)
+    config.diffusion.update(b=0.07, steps=16)
+    config.train.update(
+        batch=32, enfuse_steps=40000, segdiff_steps=150000, unet_steps=190000, draws=1,
+        learning_rate=2e-4, ema=0.9999, log_every=100, eval_every=2000, val_slices=512, head_steps=5000,
+    )  # fmt: skip
+    if arg == "demo":
+        config.name = "demo"
+        config.data.layout = "phantom"
+        config.data.patch = (64, 64)
+        config.data.phantom = ConfigDict(
+            dict(
+                cases=(384, 24, 16, 16),  # train, val, calibration, test
+                size=(64, 64),
+                depth=4,
+                sites=3,
+                prior=0.5,
+                reliability=(0.8, 0.95, 0.8, 0.9),
+                ignorance=(0.2, 0.1, 0.2, 0.1),
+                radius=7.0,
+                jitter=1.0,
+                variant="brain",
+            )
+        )
+        config.data.augment = False  # the phantom's law is exact as it is
+        config.model.update(widths=(16, 32, 32), d_c=16, d_u=8, space_to_depth=2)
+        config.unet.widths = (16, 32, 32)
+        config.diffusion.update(b=0.2, lambda_max=7.0, steps=8)
+        config.train.update(
+            batch=8, enfuse_steps=300, segdiff_steps=700, unet_steps=1000, draws=2,
+            learning_rate=2e-3, ema=0.995, log_every=10, eval_every=100, val_slices=32, head_steps=300,
+        )  # fmt: skip
+    elif arg:
+        raise ValueError(f"brats has no variant {arg!r}; leave it out or use 'demo'")
+    return config.lock()

@@ -1,0 +1,35 @@
+"""Lower-grade glioma: FLAIR abnormality on T1, FLAIR and T1ce, in nnU-Net raw layout.
+
+    python -m entrust_jax.train --config=configs/glioma.py --config.data.dir=FOLDER/Dataset101_LowerGradeGlioma
+    python -m entrust_jax.train --config=configs/glioma.py:gpu --config.data.dir=...
+
+TCGA-LGG scans with the masks of Buda et al. 2019 (research use only). Train on one hospital, test on the other:
+--config.data.split.test_pattern=LGG_CS. Time on two CPU cores and score: see README.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = common.get_config()
+    config.name = "glioma" + (f"_{arg}" if arg else "")
+    config.data.update(
+        layout="nnunet",
+        source="The Cancer Imaging Archive, collection TCGA-LGG (masks: Buda et al. 2019)",
+        modalities=("T1", "FLAIR", "T1ce"),
+        reference="FLAIR",
+        classes=("background", "lesion"),
+        label_map=((0, 0), (1, 1)),
+        patch=(96, 96),
+    )
+    config.data.regions = ConfigDict({"lesion": (1,)})
+    if arg == "gpu":
+        config.data.patch = (128, 128)
+        config.model.update(widths=(32, 64, 128, 128), d_c=32, d_u=16, space_to_depth=1)
+        config.unet.widths = (32, 64, 128, 128)
+        config.train.update(batch=32, enfuse_steps=5000, segdiff_steps=20000, unet_steps=25000, ema=0.999, learning_rate=5e-4)
+    elif arg:
+        raise ValueError(f"glioma has no variant {arg!r}; leave it out or use 'gpu'")
+    return config.lock()

@@ -1,0 +1,199 @@
+"""What the entry points and a notebook call: `load(workdir)`, then `predict_volume(trained, volume)`."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from entrust_jax import inference, model
+from entrust_jax.baselines import unet
+from entrust_jax.data import dataset, splits
+from entrust_jax.data.preprocess import Volume
+from entrust_jax.errors import UserError
+from entrust_jax.runtime import checkpoint, mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A working folder, loaded.
+
+    Attributes:
+      workdir, config, splits: as trained. name: the folder's name.
+      network: EnTrust or UNet. params: its EMA parameters (stacked by member for a U-Net).
+      tau: the Dice threshold of stage 3, for methods without hypotheses.
+      rung, calibration: the chosen calibrator and its parameters. meta: what stage 4 wrote of its choice.
+    """
+
+    workdir: Path
+    name: str
+    config: Any
+    splits: dict[str, list[str]]
+    network: model.EnTrust | unet.UNet
+    params: Any
+    mesh: Mesh
+    tau: float
+    rung: str
+    calibration: dict[str, np.ndarray]
+    meta: dict[str, Any]
+
+
+def network_of(config: Any) -> model.EnTrust | unet.UNet:
+    """The network that a config's method trains."""
+    return model.build(config) if config.method == "entrust" else unet.build(config)
+
+
+def example_batch(config: Any, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of a training batch of `size` slices."""
+    h, w = config.data.patch
+    m = len(config.data.modalities)
+    shapes = {
+        "image": ((size, m, h, w), "float32"),
+        "present": ((size, m), "bool"),
+        "label": ((size, h, w), "int32"),
+        "body": ((size, h, w), "bool"),
+        "coordinates": ((size, h, w, 3), "float32"),
+        "weight": ((size,), "float32"),
+        "valid": ((size,), "bool"),
+        "case": ((size,), "int32"),
+        "slice": ((size,), "int32"),
+    }
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def init_params(config: Any, key: jax.Array) -> Any:
+    """Random parameters of the config's network; stacked by member for a U-Net. Call inside jit or eval_shape."""
+    network = network_of(config)
+    batch = jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), example_batch(config, 1))
+    if isinstance(network, unet.UNet):
+        keys = jax.random.split(key, unet.members(config))
+        return jax.vmap(lambda k: network.init(k, batch["image"], batch["present"]))(keys)
+    return network.init({"params": key, "dropout": key}, batch, key)
+
+
+def multiple(config: Any) -> int:
+    """In-plane sizes are padded to a multiple of this: what pooling needs, and few enough shapes to compile for."""
+    widths = config.model.widths if config.method == "entrust" else config.unet.widths
+    return max(16, config.model.space_to_depth * 2 ** (len(widths) - 1))
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config that a working folder was trained with. Raises UserError when there is none."""
+    path = workdir / "config.json"
+    try:
+        return ConfigDict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; train first: python -m entrust_jax.train --config=configs/X.py --workdir={workdir}"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}); restore it or train into a new working folder") from None
+
+
+def load(workdir: Path | str) -> Trained:
+    """Loads a finished working folder: EMA parameters of `best`, threshold and calibrator.
+
+    Raises:
+      UserError: no such folder, training not finished, a damaged or foreign checkpoint.
+    """
+    workdir = Path(workdir)
+    config = read_config(workdir)
+    meta_path, values = workdir / "calibration.json", workdir / "calibration.npz"
+    if not (meta_path.exists() and values.exists()):
+        raise UserError(
+            f"{workdir}: training has not finished (no calibration.json); run the same train command again, it goes on"
+        )
+    try:
+        meta = json.loads(meta_path.read_text())
+        with np.load(values) as file:
+            params = {name: file[name] for name in file.files}
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{values}: is damaged ({error}); remove calibration.json and calibration.npz and run train again"
+        ) from None
+    abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    manager = checkpoint.open_manager(workdir / "checkpoints" / "best", read_only=True)
+    restored = checkpoint.restore_best(manager, abstract)
+    manager.close()
+    if restored is None:
+        raise UserError(f"{workdir}/checkpoints/best: holds no checkpoint; run the same train command again, it goes on")
+    m = mesh.data_mesh()
+    return Trained(
+        workdir=workdir,
+        name=workdir.resolve().name,
+        config=config,
+        splits=splits.load(workdir / "splits.json"),
+        network=network_of(config),
+        params=jax.device_put(restored[0], mesh.replicated(m)),
+        mesh=m,
+        tau=meta["tau"],
+        rung=meta["chosen"],
+        calibration=params,
+        meta=meta,
+    )
+
+
+def read_cases(trained: Trained, data_dir: str | None = None, split: str = "test") -> tuple[list[Volume], list[str]]:
+    """The labelled cases of a split ("all": every case in the folder), and a line per problem.
+
+    Raises UserError when the data folder lacks them.
+    """
+    data = trained.config.data.copy_and_resolve_references()
+    if data_dir:
+        data.dir = data_dir
+    if split != "all":
+        names = trained.splits[split]
+    elif data.layout == "phantom":
+        names = [name for part in splits.PARTS for name in trained.splits[part]]
+    else:
+        names = [found.name for found in dataset.find(data)]
+    return dataset.read(data, names, trained.config.seed)
+
+
+def examine(trained: Trained, volume: Volume, slices: int | None = None) -> inference.Raw:
+    """What the network says of a case before calibration; see `inference.examine`."""
+    return examine_with(
+        trained.config, trained.network, trained.params, trained.mesh, trained.tau, volume, slices
+    )
+
+
+def examine_with(
+    config: Any, network: Any, params: Any, devices: Mesh, tau: float, volume: Volume, slices: int | None = None
+) -> inference.Raw:
+    """`examine` for parameters that are not in a working folder yet (the trainer's calibration stage)."""
+    if isinstance(network, unet.UNet):
+        return inference.examine_unet(
+            params, volume, model=network, mesh=devices, multiple=multiple(config), tau=tau, slices=slices
+        )
+    return inference.examine(
+        params,
+        volume,
+        jax.random.key(config.seed),
+        model=network,
+        sampler=inference.sampler_of(config),
+        mesh=devices,
+        hypotheses=config.diffusion.hypotheses,
+        multiple=multiple(config),
+        slices=slices,
+    )
+
+
+def predict_volume(trained: Trained, volume: Volume) -> dict[str, Any]:
+    """Segmentation, calibrated uncertainty and reasons of one case: the maps and records listed in `inference.finish`."""
+    started = time.perf_counter()
+    data = trained.config.data
+    return inference.finish(
+        examine(trained, volume),
+        volume,
+        chosen=trained.rung,
+        params=trained.calibration,
+        modalities=tuple(data.modalities),
+        classes=tuple(data.classes),
+        regions={name: tuple(classes) for name, classes in data.regions.items()},
+        started=started,
+    )

@@ -1,0 +1,94 @@
+"""The plain U-Net that a user would pick instead, and several of them as a deep ensemble (Lakshminarayanan et al. 2017).
+
+Modalities are concatenated with their availability. Members are stacked along a leading axis of the parameters and run at
+once by `vmap`; a single U-Net is an ensemble of one.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from entrust_jax.enfuse.objective import modality_dropout
+from entrust_jax.layers import (
+    Block,
+    Conv,
+    background_bias,
+    depth_to_space,
+    pool,
+    space_to_depth,
+    upsample,
+)
+from entrust_jax.scores import case_mean, cross_entropy, over_cases
+
+
+class UNet(nn.Module):
+    """Logits of the classes from all modalities at once. Widths, blocks and norm are those of the denoiser."""
+
+    classes: int
+    widths: tuple[int, ...]
+    factor: int
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "b m *s"], present: Bool[Array, "b m"]) -> Float[Array, "b *s k"]:
+        b, m, *space = image.shape
+        mu = present.astype(jnp.float32).reshape(b, m, *(1,) * len(space))
+        # A missing modality is zero and says so: zero alone is also the mean intensity.
+        x = jnp.concatenate([image * mu, jnp.broadcast_to(mu, image.shape)], axis=1)
+        h = space_to_depth(jnp.moveaxis(x, 1, -1), self.factor)
+        skips = []
+        for s, width in enumerate(self.widths):
+            h = Conv(width, name=f"enter_{s}")(pool(h, 2) if s else h)
+            h = Block(name=f"down_{s}_0")(h)
+            h = Block(name=f"down_{s}_1")(h)
+            skips.append(h)
+        for s in reversed(range(len(self.widths) - 1)):
+            h = Conv(self.widths[s], 1, name=f"up_{s}")(upsample(h))
+            h = h + Conv(self.widths[s], 1, name=f"lateral_{s}")(skips[s])
+            h = Block(name=f"top_{s}")(h)
+        copies = self.factor ** len(space)
+        last = Conv(self.classes * copies, bias_init=background_bias(self.classes, copies), name="logits")(nn.silu(h))
+        return depth_to_space(last, self.factor).astype(jnp.float32)
+
+
+def build(config) -> UNet:
+    """The U-Net of a config (`config.unet`, `config.model.space_to_depth`, classes of `config.data`)."""
+    return UNet(len(config.data.classes), tuple(config.unet.widths), config.model.space_to_depth)
+
+
+def members(config) -> int:
+    """How many U-Nets the config's method trains."""
+    return config.unet.members if config.method == "deep_ensemble" else 1
+
+
+def soft_dice(logits: Float[Array, "b *s k"], label: Array, inside: Float[Array, "b *s"]) -> Float[Array, " b"]:
+    """1 - mean foreground-class soft Dice of each case (Milletari et al. 2016), over the labelled body."""
+    p = jax.nn.softmax(logits, axis=-1) * inside[..., None]
+    y = jax.nn.one_hot(label, logits.shape[-1]) * inside[..., None]
+    axes = tuple(range(1, p.ndim - 1))
+    overlap, size = jnp.sum(p * y, axis=axes), jnp.sum(p + y, axis=axes)
+    return 1 - jnp.mean(((2 * overlap + 1) / (size + 1))[:, 1:], axis=-1)
+
+
+def loss(
+    model: UNet, params: Any, batch: dict[str, Array], key: Array, *, dice: float
+) -> tuple[Array, dict[str, Array]]:
+    """Cross-entropy inside the body, plus `dice` times the soft Dice loss (nnU-Net's habit at 1, a proper score at 0)."""
+    logits = model.apply(params, batch["image"], modality_dropout(key, batch["present"]))
+    inside = (batch["body"] & (batch["label"] >= 0)).astype(jnp.float32)
+    some = jnp.sum(inside, axis=tuple(range(1, inside.ndim))) > 0
+    weight = batch["weight"] * batch["valid"] * some
+    ce = over_cases(case_mean(cross_entropy(logits, batch["label"]), inside), weight)
+    value = ce
+    if dice:
+        value = value + dice * over_cases(soft_dice(logits, batch["label"], inside), weight)
+    return value, {"loss": value, "ce": ce}
+
+
+def validate(model: UNet, params: Any, batch: dict[str, Array]) -> Float[Array, " b"]:
+    """Cross-entropy of each case inside the body with all its modalities."""
+    logits = model.apply(params, batch["image"], batch["present"])
+    inside = (batch["body"] & (batch["label"] >= 0)).astype(jnp.float32)
+    return case_mean(cross_entropy(logits, batch["label"]), inside)

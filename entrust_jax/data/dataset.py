@@ -1,0 +1,89 @@
+"""The data of a config: which cases there are, how they are split, and their volumes."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from entrust_jax.data import layouts, phantom, preprocess, splits
+from entrust_jax.data.preprocess import Volume
+from entrust_jax.errors import UserError
+from entrust_jax.runtime.logs import write_json
+
+
+def phantom_spec(data: Any) -> phantom.Spec:
+    """The phantom of a config's data section."""
+    p = data.phantom
+    return phantom.Spec(
+        size=tuple(p.size),
+        depth=p.depth,
+        modalities=tuple(data.modalities),
+        sites=p.sites,
+        prior=p.prior,
+        reliability=tuple(p.reliability),
+        ignorance=tuple(p.ignorance),
+        radius=p.radius,
+        jitter=p.jitter,
+        variant=p.variant,
+    )
+
+
+def split(data: Any, path: Path) -> dict[str, list[str]]:
+    """Case names of train, val, calibration and test, from `path` if it is there, else drawn and written.
+
+    A phantom's parts are consecutive numbers, as many as config.data.phantom.cases says. Raises UserError when the data
+    is missing or `path` was drawn for other cases.
+    """
+    if data.layout == "phantom":
+        if path.exists():
+            return splits.load(path)
+        parts, first = {}, 0
+        for part, count in zip(splits.PARTS, data.phantom.cases, strict=True):
+            parts[part] = [phantom.case_name(number) for number in range(first, first + count)]
+            first += count
+        write_json(path, parts | {"drawn_with": {"cases": list(data.phantom.cases)}})
+        return parts
+    return splits.load_or_draw(path, find(data), data.split)
+
+
+def find(data: Any) -> list[layouts.Case]:
+    """The cases of the data folder. Raises UserError when there is none, naming the way to get the data."""
+    if not data.dir:
+        raise UserError(
+            f"config.data.dir is not set; get the data from {data.source} and give its folder "
+            f"({data.layout} layout) as --config.data.dir=FOLDER"
+        )
+    return layouts.find_cases(data.layout, data.dir, tuple(data.modalities))
+
+
+def read(data: Any, names: Iterable[str], seed: int) -> tuple[list[Volume], list[str]]:
+    """The volumes with these names, and a line for every case that had to be left out or needs a word.
+
+    `seed` makes the phantoms; scans do not depend on it. Raises UserError when none can be read.
+    """
+    wanted = list(names)
+    if data.layout == "phantom":
+        numbers = [int(name.rsplit("_", 1)[1]) for name in wanted]
+        return phantom.volumes(phantom_spec(data), numbers, seed), []
+    by_name = {found.name: found for found in find(data)}
+    absent = [name for name in wanted if name not in by_name]
+    if absent:
+        raise UserError(f"{data.dir}: lacks {absent[0]} ({len(absent)} of the split's cases); restore it, or name the folder that has it")
+    volumes, problems = preprocess.read_volumes(
+        [by_name[name] for name in wanted],
+        modalities=tuple(data.modalities),
+        reference=data.reference,
+        label_map=tuple(map(tuple, data.label_map)),
+        classes=tuple(data.classes),
+    )
+    if not volumes:
+        raise UserError(f"{data.dir}: no case could be read; the first problem was: {problems[0]}")
+    return volumes, problems
+
+
+def export_example(data: Any, folder: Path, name: str, seed: int) -> Path:
+    """Writes a phantom as a folder of NIfTI files, so that predict has a case to start from."""
+    number = int(name.rsplit("_", 1)[1])
+    modalities: Sequence[str] = tuple(data.modalities)
+    return phantom.export(
+        folder, phantom_spec(data), number, seed, modalities, tuple(map(tuple, data.label_map))
+    )

@@ -1,0 +1,260 @@
+"""Batches of axial slices: random access for training, whole volumes for evaluation."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Int
+
+from entrust_jax.data.augment import augment as augment_slice
+from entrust_jax.data.preprocess import Volume
+from entrust_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+    """What the sampler knows of the training slices (S slices with a body, F of them with foreground).
+
+    volume, slice: where each slice is. low, high: first and last corner of a patch in it, along H and W.
+    foreground: rows of the slices with foreground, grouped by volume; starts: where each group begins, and
+    the end of the last.
+    """
+
+    volumes: tuple[Volume, ...]
+    patch: tuple[int, int]
+    volume: Int[np.ndarray, " s"]
+    slice: Int[np.ndarray, " s"]
+    low: Int[np.ndarray, "s 2"]
+    high: Int[np.ndarray, "s 2"]
+    foreground: Int[np.ndarray, " f"]
+    starts: Int[np.ndarray, " groups"]
+
+
+def corners(body: Bool[np.ndarray, "h w"], patch: Sequence[int]) -> tuple[list[int], list[int]]:
+    """First and last corner (inclusive, along H and W) of a patch that stays with the body.
+
+    Where the body's box fits into the patch, the corners of the patches that hold all of it; elsewhere those
+    of the patches inside the box. A slice smaller than the patch has the one corner 0.
+    """
+    low, high = [], []
+    for axis, size in enumerate(patch):
+        hit = np.flatnonzero(body.any(axis=1 - axis))
+        first, last = int(hit[0]), int(hit[-1]) + 1 - size
+        most = max(body.shape[axis] - size, 0)
+        low.append(min(max(min(first, last), 0), most))
+        high.append(min(max(max(first, last), 0), most))
+    return low, high
+
+
+def make_table(volumes: Sequence[Volume], patch: Sequence[int]) -> Table:
+    """Lists the slices with a body. Raises UserError when there are none or a volume has no label."""
+    rows: list[tuple[int, int]] = []
+    boxes = []
+    foreground: list[int] = []
+    starts = [0]
+    for v, volume in enumerate(volumes):
+        if volume.label is None:
+            raise UserError(f"{volume.name}: has no label; training needs one for every case")
+        lesion = np.any((volume.label > 0) & volume.body, axis=(1, 2))
+        for d in np.flatnonzero(np.any(volume.body, axis=(1, 2))):
+            if lesion[d]:
+                foreground.append(len(rows))
+            rows.append((v, int(d)))
+            boxes.append(corners(volume.body[d], patch))
+        if len(foreground) > starts[-1]:
+            starts.append(len(foreground))
+    if not rows:
+        raise UserError(
+            "no training slice with a body; give config.data.dir a set with at least one readable case"
+        )
+    index = np.array(rows)
+    box = np.array(boxes)
+    return Table(
+        volumes=tuple(volumes),
+        patch=(int(patch[0]), int(patch[1])),
+        volume=index[:, 0],
+        slice=index[:, 1],
+        low=box[:, 0],
+        high=box[:, 1],
+        foreground=np.array(foreground, int),
+        starts=np.array(starts),
+    )
+
+
+def patch_weight(table: Table, row: int, corner: Int[np.ndarray, " 2"], share: float) -> float:
+    """w = p / q of one patch: its population share over its sampling share.
+
+    p: uniform over the S slices with a body, then over the slice's n corners: p = 1 / (S n).
+    q = share q_f + (1 - share) p, where q_f is the foreground sampler: one of the C cases with foreground,
+    one of the F_c foreground slices of the case, one of its foreground pixels u, one of the n_u corners whose
+    patch holds u: q_f = 1 / (C F_c) mean_u [patch holds u] / n_u.
+    Then E_q[w] = 1, w <= 1 / (1 - share), and mean(w loss) estimates the plain mean of the loss over all
+    patches, so that oversampling the foreground does not bend the probabilities that minimise a proper loss.
+    Where a slice has one corner this is p(slice) / q(slice). Mixture importance weights: Owen and Zhou 2000.
+    """
+    low, high = table.low[row], table.high[row]
+    p = 1 / (len(table.volume) * float(np.prod(high - low + 1)))
+    at = int(np.searchsorted(table.foreground, row))
+    inside = 0.0
+    if at < len(table.foreground) and table.foreground[at] == row:
+        group = int(np.searchsorted(table.starts, at, side="right")) - 1
+        slices = int(table.starts[group + 1] - table.starts[group])
+        first, last = holders(foreground_pixels(table, row), low, high, table.patch)
+        holds = ((first <= corner) & (corner <= last)).all(axis=1)
+        density = float((holds / (last - first + 1).prod(axis=1)).mean())
+        inside = density / ((len(table.starts) - 1) * slices)
+    return p / (share * inside + (1 - share) * p)
+
+
+def foreground_pixels(table: Table, row: int) -> Int[np.ndarray, "u 2"]:
+    """The lesion pixels inside the body of one slice, in the frame of the patch corners."""
+    volume = table.volumes[table.volume[row]]
+    label = volume.label
+    assert label is not None
+    d = table.slice[row]
+    return np.argwhere((label[d] > 0) & volume.body[d])
+
+
+def holders(
+    pixels: Int[np.ndarray, "*u 2"],
+    low: Int[np.ndarray, " 2"],
+    high: Int[np.ndarray, " 2"],
+    patch: tuple[int, int],
+) -> tuple[Int[np.ndarray, "*u 2"], Int[np.ndarray, "*u 2"]]:
+    """First and last corner, of those in [low, high], whose patch holds each pixel."""
+    return np.maximum(low, pixels - np.array(patch) + 1), np.minimum(high, pixels)
+
+
+def fit(
+    array: np.ndarray, corner: Int[np.ndarray, " 2"], patch: Sequence[int], axis: int, fill: int
+) -> np.ndarray:
+    """The patch of an array whose H and W are axes `axis` and `axis + 1`; filled up where too small."""
+    for k, (start, size) in enumerate(zip(corner, patch, strict=True)):
+        at = axis + k
+        array = array[(slice(None),) * at + (slice(int(start), int(start) + size),)]
+        lack = size - array.shape[at]
+        if lack > 0:
+            width = [(0, 0)] * array.ndim
+            width[at] = (lack // 2, lack - lack // 2)
+            array = np.pad(array, width, constant_values=fill)
+    return array
+
+
+def example(index: int, *, table: Table, seed: int, share: float, augment: bool) -> Batch:
+    """Training example number `index`: a pure function of (seed, index)."""
+    rng = np.random.default_rng([seed, index])
+    # Example i is a foreground one when i * share passes an integer: exact in the long run and even within a
+    # batch.
+    if int((index + 1) * share) > int(index * share):
+        group = rng.integers(len(table.starts) - 1)
+        row = int(table.foreground[rng.integers(table.starts[group], table.starts[group + 1])])
+        pixel = rng.choice(foreground_pixels(table, row), axis=0)
+        first, last = holders(pixel, table.low[row], table.high[row], table.patch)
+    else:
+        row = int(rng.integers(len(table.volume)))
+        first, last = table.low[row], table.high[row]
+    corner = rng.integers(first, last + 1)
+    volume, d = table.volumes[table.volume[row]], int(table.slice[row])
+    label = volume.label
+    assert label is not None
+    element: Batch = {
+        "image": fit(volume.image[:, d], corner, table.patch, 1, 0),
+        "present": volume.present.copy(),
+        "label": fit(label[d], corner, table.patch, 0, -1),
+        "body": fit(volume.body[d], corner, table.patch, 0, False),
+        "coordinates": fit(volume.coordinates[d], corner, table.patch, 0, 0),
+    }
+    if augment:
+        element = augment_slice(element, rng)
+    element["weight"] = np.float32(patch_weight(table, row, corner, share))  # type: ignore[assignment]
+    element["valid"] = np.bool_(True)  # type: ignore[assignment]
+    element["case"] = np.int32(volume.number)  # type: ignore[assignment]
+    element["slice"] = np.int32(d)  # type: ignore[assignment]
+    return element
+
+
+def training_dataset(
+    volumes: Sequence[Volume],
+    *,
+    batch: int,
+    patch: Sequence[int],
+    seed: int,
+    foreground_share: float = 0.5,
+    augment: bool = False,
+) -> grain.MapDataset:
+    """Endless training batches by random access: element [step] is a pure function of (seed, step).
+
+    A share of the examples holds a foreground pixel (its case, slice and pixel drawn in turn), the others are
+    uniform over the slices with a body; `weight` undoes the difference (see `patch_weight`). Without any
+    foreground all are uniform, with weight 1. Slices smaller than the patch are zero padded, there body is
+    False and label -1.
+    Raises UserError when there is nothing to draw from or the share is not in [0, 1).
+    """
+    if not 0 <= foreground_share < 1:
+        raise UserError(
+            f"config.data.foreground_share is {foreground_share}; set it to 0 or more and below 1"
+        )
+    table = make_table(volumes, patch)
+    share = foreground_share if len(table.foreground) else 0.0
+    make = functools.partial(example, table=table, seed=seed, share=share, augment=augment)
+    # Far more examples than any run asks for; range() of Python costs nothing.
+    return grain.MapDataset.range(2**40).map(make).batch(batch, drop_remainder=True)
+
+
+def batch_at(dataset: grain.MapDataset, step: int) -> Batch:
+    """The batch of one training step."""
+    return cast(Batch, dataset[step])
+
+
+def iterate(dataset: grain.MapDataset, start: int, *, threads: int = 2, buffer: int = 4) -> Iterator[Batch]:
+    """Batches from step `start` on, made ahead by `threads` threads, at most `buffer` of them waiting."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
+    return iter(dataset[start:].to_iter_dataset(options))
+
+
+def evaluation_slices(volume: Volume, *, multiple: int) -> Batch:
+    """All D axial slices of a volume as one batch, H and W padded at their ends to a multiple of `multiple`.
+
+    Padding has body False and label -1; without a label all of it is -1. `crop` takes the padding off again.
+    """
+    depth, height, width = volume.body.shape
+    more = [(0, 0), (0, -height % multiple), (0, -width % multiple)]
+    label = np.full(volume.body.shape, -1, np.int32) if volume.label is None else volume.label
+    return {
+        "image": np.moveaxis(np.pad(volume.image, [(0, 0), *more]), 1, 0),
+        "present": np.broadcast_to(volume.present, (depth, len(volume.present))).copy(),
+        "label": np.pad(label, more, constant_values=-1),
+        "body": np.pad(volume.body, more),
+        "coordinates": np.pad(volume.coordinates, [*more, (0, 0)]),
+        "weight": np.ones(depth, np.float32),
+        "valid": np.ones(depth, bool),
+        "case": np.full(depth, volume.number, np.int32),
+        "slice": np.arange(depth, dtype=np.int32),
+    }
+
+
+def crop(array: np.ndarray, volume: Volume) -> np.ndarray:
+    """Undoes the padding of `evaluation_slices` for an array [D, Hp, Wp, ...]."""
+    _, height, width = volume.body.shape
+    return array[:, :height, :width]
+
+
+def chunks(batch: Mapping[str, np.ndarray], size: int) -> Iterator[Batch]:
+    """Pieces of exactly `size` slices; the last is filled up with copies: valid False, weight 0, label -1.
+
+    Copies, not zeros: a slice without a body would bring in divisions by zero.
+    """
+    count = len(batch["valid"])
+    for start in range(0, count, size):
+        rows = np.minimum(np.arange(start, start + size), count - 1)
+        piece = {name: values[rows] for name, values in batch.items()}
+        extra = np.arange(start, start + size) >= count
+        piece["valid"] = piece["valid"] & ~extra
+        piece["weight"] = np.where(extra, 0, piece["weight"]).astype(np.float32)
+        piece["label"][extra] = -1
+        yield piece

@@ -1,0 +1,425 @@
+"""From scan files to arrays and back: canonical grid, body mask, z-scores in it, maps in native geometry."""
+
+import contextlib
+import dataclasses
+import gzip
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import nibabel
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int32
+from nibabel import orientations
+from nibabel.affines import voxel_sizes
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from scipy import ndimage
+
+from entrust_jax.data.layouts import Case
+from entrust_jax.errors import UserError
+
+# What a damaged or foreign file raises somewhere inside nibabel, gzip or numpy.
+UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    zlib.error,
+    ImageFileError,
+    HeaderDataError,
+    OverflowError,
+    MemoryError,
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Volume:
+    """One case on the grid of its reference scan, in canonical (RAS) orientation, axes [D, H, W] = (z, x, y).
+
+    image: z-scores inside the body, 0 outside it and where a modality is missing.
+    label: class indices, -1 where the label file does not reach; None when there is none.
+    coordinates: position in the body's bounding box scaled to [-1, 1], order D, H, W.
+    spacing: mm along D, H, W.
+    reference: the scan whose geometry maps are written in (None for a phantom).
+    warnings: one line each; things a person should know that do not stop anything.
+    """
+
+    name: str
+    patient: str
+    number: int
+    image: Float32[np.ndarray, "m d h w"]
+    present: Bool[np.ndarray, " m"]
+    label: Int32[np.ndarray, "d h w"] | None
+    body: Bool[np.ndarray, "d h w"]
+    coordinates: Float32[np.ndarray, "d h w 3"]
+    spacing: tuple[float, float, float]
+    reference: Path | None
+    warnings: tuple[str, ...] = ()
+
+
+def normalise(
+    image: Float[np.ndarray, "m *s"], present: Bool[np.ndarray, " m"], body: Bool[np.ndarray, "*s"]
+) -> Float32[np.ndarray, "m *s"]:
+    """Z-scores per modality inside the body; 0 outside it and for missing modalities.
+
+    Mean and standard deviation are those of the values clipped to their .5 and 99.5 percentiles, so that a
+    few hot voxels do not set the scale. Beyond |z| = 4 the value goes on as 4 + log(1 + |z| - 4): slow growth
+    without the ties of a hard clip, since a PET lesion lies at z > 10 and must keep its order. Ours.
+    """
+    result = np.zeros(image.shape, np.float32)
+    for m in np.flatnonzero(present):
+        inside = image[m][body].astype(np.float32)
+        if inside.size == 0:
+            continue
+        low, high = np.percentile(inside, (0.5, 99.5))
+        clipped = np.clip(inside, low, high)
+        scale = float(clipped.std(dtype=np.float64))
+        if scale <= 1e-6 * max(1.0, abs(float(high))):
+            # Nearly all equal (a sparse map): the percentiles carry no scale, the plain moments do.
+            clipped = inside
+            scale = float(inside.std(dtype=np.float64))
+        z = (inside - clipped.mean(dtype=np.float64)) / (scale if scale > 0 else 1.0)
+        size = np.abs(z)
+        z = np.where(size > 4, np.sign(z) * (4 + np.log1p(np.maximum(size - 4, 0))), z)
+        result[m][body] = z.astype(np.float32)
+    return result
+
+
+def coordinates(body: Bool[np.ndarray, "*s"]) -> Float32[np.ndarray, "*s n"]:
+    """Position of every voxel in the body's bounding box, each axis scaled so that the box spans [-1, 1].
+
+    Voxels outside the box lie beyond +-1; an axis along which the box is one voxel thick gives 0. Without a
+    body the box is the whole grid.
+    """
+    where = body if body.any() else np.ones_like(body)
+    axes = []
+    for axis, size in enumerate(body.shape):
+        hit = np.flatnonzero(where.any(axis=tuple(a for a in range(body.ndim) if a != axis)))
+        low, high = int(hit[0]), int(hit[-1])
+        line = 2 * (np.arange(size) - low) / (high - low) - 1 if high > low else np.zeros(size)
+        axes.append(line.astype(np.float32))
+    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
+
+
+def fill_holes(mask: Bool[np.ndarray, "*s"]) -> Bool[np.ndarray, "*s"]:
+    """Fills, slice by slice (last two axes), what the mask encloses and does not touch the slice's border."""
+    plane = np.zeros((3,) * mask.ndim, bool)
+    centre = (1,) * (mask.ndim - 2)
+    plane[(*centre, 1, slice(None))] = True
+    plane[(*centre, slice(None), 1)] = True
+    regions = np.asarray(cast(Any, ndimage.label(~mask, structure=plane))[0])
+    outside = np.zeros(regions.max() + 1, bool)
+    for edge in (regions[..., 0, :], regions[..., -1, :], regions[..., :, 0], regions[..., :, -1]):
+        outside[edge] = True
+    return mask | ~outside[regions]
+
+
+def body_mask(image: Float[np.ndarray, "m *s"], present: Bool[np.ndarray, " m"]) -> Bool[np.ndarray, "*s"]:
+    """Where the patient is, from intensities alone: union over modalities, largest parts, holes filled.
+
+    Per modality: brighter than background + .1 (bright - background), background the .5 percentile of the
+    image and bright the 98th percentile of what lies above it. That covers a constant background of any value
+    (skull-stripped scans), the noise of 8-bit heads (a few per cent of the range) and crops filled by the
+    body. A mask of less than 5 % of the grid is taken for a failure and the whole grid is the body instead.
+    Ours.
+    """
+    shape = image.shape[1:]
+    mask = np.zeros(shape, bool)
+    for m in np.flatnonzero(present):
+        background = np.percentile(image[m], 0.5)
+        above = image[m][image[m] > background]
+        if above.size:
+            mask |= image[m] > background + 0.1 * (np.percentile(above, 98) - background)
+    inplane = np.zeros((3,) * mask.ndim, bool)
+    inplane[(1,) * (mask.ndim - 2)] = True
+    mask = ndimage.binary_opening(mask, structure=inplane)
+    # Closing with room around it: at the border of the slice it would otherwise add or take away.
+    room = [(0, 0)] * (mask.ndim - 2) + [(2, 2)] * 2
+    mask = ndimage.binary_closing(np.pad(mask, room), structure=inplane, iterations=2)[..., 2:-2, 2:-2]
+    regions = np.asarray(cast(Any, ndimage.label(mask))[0])
+    sizes = np.bincount(regions.ravel())
+    sizes[0] = 0
+    mask = mask & (sizes >= 0.1 * sizes.max())[regions]
+    mask = fill_holes(mask)
+    return mask if mask.mean() >= 0.05 else np.ones(shape, bool)
+
+
+class Grid(NamedTuple):
+    """Where voxels lie: the shape [x, y, z] and the affine from voxel indices to mm, both canonical (RAS)."""
+
+    path: Path
+    shape: tuple[int, ...]
+    affine: Float[np.ndarray, "4 4"]
+
+
+def load_scan(path: Path) -> tuple[Grid, np.ndarray]:
+    """Reads one scan into canonical orientation: (grid, values [x, y, z], float32 unless stored as integers).
+
+    Raises UserError naming the file when it cannot be read, is not one 3-D scan, has no usable geometry or
+    holds NaN.
+    """
+    try:
+        if path.suffix == ".gz":
+            # nibabel stops before the checksum, so a damaged file would pass with wrong values.
+            with gzip.open(path) as stream:
+                while stream.read(1 << 22):
+                    pass
+        image: Any = nibabel.load(path)
+        values = np.asanyarray(image.dataobj)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give the path of a .nii.gz scan") from None
+    except UNREADABLE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path}: unreadable or truncated ({reason}); copy or download the file again"
+        ) from None
+    if values.dtype.kind not in "buif":
+        raise UserError(
+            f"{path}: holds {values.dtype}, not one number per voxel; convert it to a scalar scan"
+        )
+    if 0 in values.shape:
+        raise UserError(f"{path}: has an empty axis (shape {values.shape}); export the scan again")
+    if values.ndim > 3 and all(size == 1 for size in values.shape[3:]):
+        values = values.reshape(values.shape[:3])
+    if values.ndim != 3:
+        raise UserError(f"{path}: has shape {values.shape}, expected one 3-D scan; split it into 3-D files")
+    affine = image.affine
+    if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise UserError(
+            f"{path}: its affine is singular or not finite, so its place in space is unknown;"
+            " mend the header or export the scan again"
+        )
+    if values.dtype.kind == "f":
+        if not np.isfinite(values).all():
+            raise UserError(f"{path}: contains NaN or infinite values; replace them or export the scan again")
+        values = values.astype(np.float32)
+    orientation = orientations.io_orientation(affine)
+    affine = affine @ orientations.inv_ornt_aff(orientation, values.shape)
+    values = orientations.apply_orientation(values, orientation)
+    return Grid(path, values.shape, affine), values
+
+
+def same_grid(a: Grid, b: Grid) -> bool:
+    """Whether two grids are one, up to a thousandth of a millimetre per voxel step."""
+    return a.shape == b.shape and np.allclose(a.affine, b.affine, rtol=0, atol=1e-3)
+
+
+def resample(
+    values: np.ndarray, source: Grid, target: Grid, *, order: int
+) -> tuple[np.ndarray, Bool[np.ndarray, "x y z"]]:
+    """Values of one grid at the voxel centres of another, and which of these centres the first grid covers.
+
+    order: 1 linear (images), 0 nearest (labels). Voxels that are not covered have the lowest value, so that
+    they look like background. Raises UserError when none is covered.
+    """
+    matrix = np.linalg.inv(source.affine) @ target.affine
+    linear, offset = matrix[:3, :3], cast(Any, matrix[:3, 3])
+    # grid-constant at order 0 reaches half a voxel beyond the outer centres: the true extent of the source.
+    covered = ndimage.affine_transform(
+        np.ones(values.shape, np.uint8),
+        linear,
+        offset,
+        target.shape,
+        order=0,
+        mode="grid-constant",
+        cval=0,
+    ).astype(bool)
+    if not covered.any():
+        raise UserError(
+            f"{source.path}: its grid does not overlap that of the reference {target.path};"
+            " register the scans to each other or leave this one out"
+        )
+    if order > 0:
+        values = values.astype(np.float32)
+    result = ndimage.affine_transform(values, linear, offset, target.shape, order=order, mode="nearest")
+    return np.where(covered, result, values.min()), covered
+
+
+def read_image(path: Path, grid: Grid | None) -> tuple[Grid, np.ndarray, np.ndarray]:
+    """One modality on a grid (its own when None): (grid, f32 [x, y, z], covered bool [x, y, z]).
+
+    Raises UserError for a constant image and for one whose grid does not overlap the given one.
+    """
+    own, values = load_scan(path)
+    low, high = values.min(), values.max()
+    if low == high:
+        raise UserError(f"{path}: every voxel has the value {low:g}; leave the scan out or export it again")
+    if grid is None or same_grid(own, grid):
+        return grid or own, values.astype(np.float32), np.ones(values.shape, bool)
+    return (grid, *resample(values, own, grid, order=1))
+
+
+def read_label(
+    path: Path, grid: Grid, label_map: Iterable[tuple[int, int]], classes: Sequence[str]
+) -> tuple[Int32[np.ndarray, "x y z"], list[str]]:
+    """The mask's class indices on a grid (-1 where its file does not reach) and warnings.
+
+    Raises UserError for a value that `label_map` lacks and for a mask that misses the grid.
+    """
+    own, values = load_scan(path)
+    table = {int(value): int(index) for value, index in label_map}
+    keys = np.array(sorted(table))
+    indices = np.array([table[key] for key in keys], np.int32)
+    if indices.min() < 0 or indices.max() >= len(classes):
+        raise UserError(
+            f"config.data.label_map has classes {indices.min()} to {indices.max()}, config.data.classes has"
+            f" {len(classes)}; mend either"
+        )
+    # Masks stored as float, or scaled by the header, are whole numbers up to rounding.
+    whole = np.rint(values)
+    unknown = ~np.isin(whole.astype(np.int64), keys) | (np.abs(values - whole) > 1e-3)
+    if unknown.any():
+        value = values[unknown][0]
+        raise UserError(
+            f"{path}: label value {value:g} is not in config.data.label_map (it knows {sorted(table)});"
+            f" add ({value:g}, class index) to config.data.label_map"
+        )
+    label = indices[np.searchsorted(keys, whole.astype(np.int64))]
+    warnings = []
+    if not same_grid(own, grid):
+        label, covered = resample(label, own, grid, order=0)
+        if not covered.all():
+            label = np.where(covered, label, -1)
+            warnings.append(
+                f"{path}: covers only {covered.mean():.0%} of {grid.path}; the rest counts as unlabelled"
+            )
+    if not (label > 0).any():
+        warnings.append(f"{path}: empty label (background only); kept as a case without a lesion")
+    return label.astype(np.int32), warnings
+
+
+def read_volume(
+    case: Case,
+    *,
+    modalities: Sequence[str],
+    reference: str,
+    label_map: Iterable[tuple[int, int]],
+    classes: Sequence[str],
+) -> Volume:
+    """Reads a case onto the grid of its reference modality (the first present one when that is missing).
+
+    Other modalities are resampled linearly through the affines, the label by nearest neighbour.
+    Raises UserError, naming the file, for anything that keeps one of the case's files from being used.
+    """
+    names = [name for name in modalities if name in case.images]
+    if not names:
+        raise UserError(f"{case.name}: none of {', '.join(modalities)} is there; give at least one modality")
+    first = reference if reference in names else names[0]
+    grid, values, covered = read_image(case.images[first], None)
+    raw = np.zeros((len(modalities), *grid.shape), np.float32)
+    field = np.zeros(raw.shape, bool)
+    present = np.array([name in names for name in modalities])
+    for m, name in enumerate(modalities):
+        if name == first:
+            raw[m], field[m] = values, covered
+        elif present[m]:
+            _, raw[m], field[m] = read_image(case.images[name], grid)
+    label, warnings = None, []
+    if case.label is not None:
+        label, warnings = read_label(case.label, grid, label_map, classes)
+        label = np.ascontiguousarray(np.moveaxis(label, 2, 0))
+    raw = np.ascontiguousarray(np.moveaxis(raw, 3, 1))
+    field = np.moveaxis(field, 3, 1)
+    body = body_mask(raw, present)
+    image = np.zeros_like(raw)
+    for m in np.flatnonzero(present).tolist():
+        # What lies beyond a smaller field of view was not measured: it stays out of the moments and at 0.
+        image[m] = normalise(raw[m : m + 1], np.array([True]), body & field[m])[0]
+        if not image[m].any():
+            raise UserError(
+                f"{case.images[modalities[m]]}: has one single value inside the body"
+                f" on the grid of {grid.path}; leave the scan out or register it"
+            )
+    x, y, z = voxel_sizes(grid.affine).tolist()
+    return Volume(
+        name=case.name,
+        patient=case.patient,
+        number=case.number,
+        image=image,
+        present=present,
+        label=label,
+        body=body,
+        coordinates=coordinates(body),
+        spacing=(z, x, y),
+        reference=grid.path,
+        warnings=tuple(warnings),
+    )
+
+
+def read_volumes(
+    cases: Iterable[Case],
+    *,
+    modalities: Sequence[str],
+    reference: str,
+    label_map: Iterable[tuple[int, int]],
+    classes: Sequence[str],
+) -> tuple[list[Volume], list[str]]:
+    """Reads every case with a label that can be read: (volumes, a line per case left out and per warning)."""
+    volumes, problems = [], []
+    label_map = tuple(label_map)
+    for case in cases:
+        if case.label is None:
+            problems.append(
+                f"{next(iter(case.images.values()))}: case {case.name} has no label file and is left out"
+            )
+            continue
+        try:
+            volume = read_volume(
+                case, modalities=modalities, reference=reference, label_map=label_map, classes=classes
+            )
+        except UserError as error:
+            problems.append(f"{error} (case {case.name} is left out)")
+        else:
+            volumes.append(volume)
+            problems.extend(volume.warnings)
+    return volumes, problems
+
+
+def write_map(
+    path: Path, array: np.ndarray, reference: Path, dtype: Any, *, channel_axis: int | None = None
+) -> None:
+    """Writes a canonical map [D, H, W] as NIfTI in the reference scan's own geometry, whole or not at all.
+
+    array: [D, H, W], or with channels first (channel_axis=0) or last (channel_axis=-1); they become the
+    fourth axis of the file.
+    dtype: the stored type; values are stored as they are, without scaling.
+    The reference's orientation, affine (bit for bit), sform and qform codes and units are kept; its intensity
+    scaling, display range and header extensions (which may name the patient) are not.
+    Raises ValueError when the shape is not the reference's, OSError when the folder cannot be written.
+    """
+    if channel_axis not in (None, 0, -1):
+        raise ValueError(f"channel_axis is {channel_axis}, expected None, 0 or -1")
+    if array.ndim != (3 if channel_axis is None else 4):
+        raise ValueError(f"an array of shape {array.shape} does not go with channel_axis={channel_axis}")
+    scan: Any = nibabel.load(reference)
+    if channel_axis == 0:
+        array = np.moveaxis(array, 0, -1)
+    canonical = np.moveaxis(array, 0, 2)
+    native = orientations.io_orientation(scan.affine)
+    inverse = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), native)
+    values = orientations.apply_orientation(canonical, inverse)
+    if values.shape[:3] != scan.shape[:3]:
+        raise ValueError(f"the map has shape {values.shape[:3]}, {reference} has {scan.shape[:3]}")
+    values = np.ascontiguousarray(values, dtype=np.dtype(dtype))
+    if isinstance(scan, nibabel.Nifti1Image):
+        header: Any = scan.header.copy()
+        header.extensions.clear()
+        header.set_data_shape(values.shape)
+        header.set_data_dtype(values.dtype)
+        header.set_slope_inter(1, 0)
+        header.set_intent("none")
+        header["cal_min"] = header["cal_max"] = 0
+        header["descrip"] = b""
+        output = type(scan)(values, scan.affine, header)
+    else:
+        output = nibabel.Nifti1Image(values, scan.affine)
+    path = Path(path)
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        nibabel.save(output, beside)
+        os.replace(beside, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            beside.unlink()

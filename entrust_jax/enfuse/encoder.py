@@ -1,0 +1,177 @@
+"""EnFuse's encoder: a private stem per modality, one shared trunk whose norm is conditioned on the modality.
+
+    z_m = Stem_m(x_m)      h_m^s = Trunk_s(z_m; e_m)
+    c_m = LN(W_c h_m)      u_m = W_u[m] h_m      r_m = MLP([h_m, H(p_m), e_m])      p_m = softmax(A c_m + a_m)
+
+No operation before `fusion` joins modalities, so each has evidence of its own and any subset can be fused afterwards.
+Equations: ours; the parameter-lean relative of ShaSpec (Wang et al. 2023, arXiv 2307.14126).
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from entrust_jax.enfuse import conflict
+from entrust_jax.layers import (
+    Block,
+    Conv,
+    background_bias,
+    depth_to_space,
+    layer_norm,
+    pool,
+    space_to_depth,
+    upsample,
+)
+
+PRIOR_FLOOR = 1e-3
+
+
+@flax.struct.dataclass
+class Evidence:
+    """What each modality says by itself. Made once a case; `fusion` joins any subset of it.
+
+    Attributes:
+      c: per scale, consensus features Float[b m *t d_c], in a space that the modalities share.
+      u: per scale, specific features Float[b m *t d_u].
+      reliability: per scale, logits Float[b m *t].
+      logits: unimodal logits Float[b m *s k] at full resolution.
+      prior_logits: of the positional base rate pi(u), Float[b *s k].
+    """
+
+    c: tuple[Float[Array, "b m *t d"], ...]
+    u: tuple[Float[Array, "b m *t d"], ...]
+    reliability: tuple[Float[Array, "b m *t"], ...]
+    logits: Float[Array, "b m *s k"]
+    prior_logits: Float[Array, "b *s k"]
+
+
+class Stem(nn.Module):
+    """Two 3x3 convolutions, private to one modality."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *s c"]) -> Float[Array, "b *s w"]:
+        return Conv(self.width)(nn.silu(Conv(self.width)(x)))
+
+
+class Trunk(nn.Module):
+    """Down, then a light top-down path (1x1 laterals, add, one block), so that every scale sees context."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "b *s w"], e: Float[Array, "b e"]) -> list[Float[Array, "b *t d"]]:
+        skips = []
+        for s, width in enumerate(self.widths):
+            if s:
+                z = Conv(width, name=f"down_{s}")(pool(z, 2))
+            z = Block(name=f"block_{s}")(z, e)
+            skips.append(z)
+        features = [z]
+        for s in reversed(range(len(self.widths) - 1)):
+            z = Conv(self.widths[s], 1, name=f"up_{s}")(upsample(z)) + Conv(
+                self.widths[s], 1, name=f"lateral_{s}"
+            )(skips[s])
+            z = Block(name=f"top_{s}")(z, e)
+            features.insert(0, z)
+        return features
+
+
+class Prior(nn.Module):
+    """pi(u) = softmax(MLP(body coordinates)): the base rate at a place of the body. It sees no image."""
+
+    classes: int
+    width: int = 32
+
+    @nn.compact
+    def __call__(self, coordinates: Float[Array, "b *s 3"]) -> Float[Array, "b *s k"]:
+        u = jnp.clip(coordinates, -1.25, 1.25)
+        waves = [f(jnp.pi * n * u) for n in (1.0, 2.0, 4.0) for f in (jnp.sin, jnp.cos)]
+        h = jnp.concatenate([u, *waves], axis=-1)
+        h = nn.silu(nn.Dense(self.width)(h))
+        h = nn.silu(nn.Dense(self.width)(h))
+        return nn.Dense(
+            self.classes, kernel_init=nn.initializers.normal(0.01), bias_init=background_bias(self.classes)
+        )(h)
+
+
+def base_rate(prior_logits: Float[Array, "*a k"]) -> Float[Array, "*a k"]:
+    """pi with its floor, and without gradient: the conflict may not move the prior."""
+    p = jnp.maximum(jax.nn.softmax(jax.lax.stop_gradient(prior_logits), axis=-1), PRIOR_FLOOR)
+    return p / jnp.sum(p, axis=-1, keepdims=True)
+
+
+class Encoder(nn.Module):
+    """Images to Evidence.
+
+    Attributes:
+      modalities, classes: M and K.
+      widths: channels of the trunk, one entry a scale.
+      d_c, d_u, d_e: channels of c_m, of u_m, and of the modality embedding e_m.
+      factor: space-to-depth factor of the stem (1 or 2); scale 0 has 1/factor of the image's resolution.
+      head_dropout: on the unimodal heads, while training: unimodal heads that fit the training set lose their conflict.
+    """
+
+    modalities: int
+    classes: int
+    widths: tuple[int, ...]
+    d_c: int = 16
+    d_u: int = 8
+    d_e: int = 32
+    factor: int = 2
+    head_dropout: float = 0.2
+
+    @nn.compact
+    def __call__(
+        self, image: Float[Array, "b m *s"], coordinates: Float[Array, "b *s 3"], *, train: bool = False
+    ) -> Evidence:
+        b, m, *space = image.shape
+        k, f = self.classes, self.factor
+        copies = f ** len(space)
+        # One small call per stem: a vmap over stacked stems is a grouped convolution, which CPUs run badly.
+        z = jnp.stack(
+            [
+                Stem(self.widths[0], name=f"stem_{i}")(space_to_depth(image[:, i, ..., None], f))
+                for i in range(self.modalities)
+            ],
+            axis=1,
+        )
+        e = self.param("modality", nn.initializers.normal(1.0), (m, self.d_e))
+        e_rows = jnp.broadcast_to(e[None], (b, m, self.d_e)).reshape(b * m, self.d_e)
+        features = Trunk(self.widths, name="trunk")(z.reshape(b * m, *z.shape[2:]), e_rows)
+
+        c, u, reliability = [], [], []
+        logits = None
+        for s, h in enumerate(features):
+            grid = h.shape[1:-1]
+            c_s = layer_norm(Conv(self.d_c, 1, use_bias=False, name=f"consensus_{s}")(h))
+            w_u = self.param(f"specific_{s}", nn.initializers.lecun_normal(batch_axis=0), (m, h.shape[-1], self.d_u))
+            u_s = jnp.einsum("bm...h,mhd->bm...d", h.reshape(b, m, *grid, -1), w_u)
+            if logits is None:
+                dropped = nn.Dropout(self.head_dropout, deterministic=not train)(c_s)
+                head = Conv(k * copies, 1, use_bias=False, name="unimodal")(dropped)
+                a_m = self.param("unimodal_bias", _per_modality(background_bias(k)), (m, k))
+                logits = depth_to_space(head, f).reshape(b, m, *space, k) + a_m.reshape(
+                    1, m, *(1,) * len(space), k
+                )
+            uncertainty = jax.lax.stop_gradient(conflict.entropy(jax.nn.softmax(logits, axis=-1)))
+            uncertainty = pool(uncertainty.reshape(b * m, *space, 1), f * 2**s)
+            hidden = Conv(16, 1, name=f"reliability_{s}_features")(h)
+            hidden += Conv(16, 1, use_bias=False, name=f"reliability_{s}_entropy")(uncertainty)
+            hidden += nn.Dense(16, use_bias=False, name=f"reliability_{s}_modality")(e_rows).reshape(
+                b * m, *(1,) * len(space), 16
+            )
+            r = Conv(1, 1, kernel_init=nn.initializers.normal(0.01), name=f"reliability_{s}")(nn.silu(hidden))
+            c.append(c_s.reshape(b, m, *grid, self.d_c))
+            u.append(u_s)
+            reliability.append(r.reshape(b, m, *grid))
+        prior = Prior(k, name="prior")(pool(coordinates, f))
+        assert logits is not None
+        return Evidence(tuple(c), tuple(u), tuple(reliability), logits, upsample(prior, f))
+
+
+def _per_modality(init):
+    return lambda key, shape, dtype=jnp.float32: jnp.stack([init(key, shape[1:], dtype)] * shape[0])

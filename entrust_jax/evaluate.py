@@ -1,0 +1,368 @@
+"""Scores trained models on labelled cases: python -m entrust_jax.evaluate --workdir=W [--data_dir=D]
+[--split=test|all].
+
+With several working folders, --workdir=A,B,C, all are scored on the same cases inside one region of
+interest, and compared with the first.
+"""
+
+import csv
+import json
+import math
+import os
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from entrust_jax import api, cli
+from entrust_jax.errors import UserError
+from entrust_jax.metrics import calibration, summary, usefulness
+from entrust_jax.report import curves
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """The command line of this entry point."""
+    flags.DEFINE_list("workdir", None, "Working folders of trained models, separated by commas.")
+    flags.DEFINE_string("data_dir", None, "Folder of the labelled scans; the one trained on if left out.")
+    flags.DEFINE_enum("split", "test", ["test", "all"], "Held-out test cases, or every labelled case of the folder.")
+    flags.DEFINE_string(
+        "output",
+        None,
+        "Folder for the results, default W/evaluation (for several: W/comparison of the first W).",
+    )
+
+
+def main(_: Sequence[str]) -> None:
+    """Loads, predicts and scores case by case, then writes everything at once."""
+    if not FLAGS.workdir:
+        raise UserError("--workdir is missing: name the working folder of a trained model, --workdir=runs/NAME")
+    workdirs = [Path(workdir) for workdir in FLAGS.workdir]
+    default = workdirs[0] / ("evaluation" if len(workdirs) == 1 else "comparison")
+    output = Path(FLAGS.output) if FLAGS.output else default
+    check_output(output)
+    cli.setup_devices()
+    methods = load_methods(workdirs)
+    targets = common_targets({name: trained.config for name, trained in methods.items()})
+    volumes = read_volumes(methods, FLAGS.data_dir, FLAGS.split)
+    scores = score_all(methods, volumes, targets)
+    about = {
+        "command": shlex.join(["python", "-m", "entrust_jax.evaluate", *sys.argv[1:]]),
+        "code_version": code_version(),
+        "data": str(FLAGS.data_dir or next(iter(methods.values())).config.data.dir),
+        "split": FLAGS.split,
+        "trained_on": {name: seen_in_training(trained, scores[name]) for name, trained in methods.items()},
+        "calibrator": {name: trained.rung for name, trained in methods.items()},
+        "roi_shared_by": list(methods),
+    }
+    places = {name: str(workdir) for name, workdir in zip(methods, workdirs, strict=True)}
+    with replaced_folder(output) as folder:
+        write_results(folder, scores, targets, about, places)
+    print(f"wrote {output}")
+
+
+def load_methods(workdirs: Sequence[Path]) -> dict[str, Any]:
+    """The trained models by a name that tells them apart: the config's, else the folder's, else the
+    folder's path."""
+    trained = [api.load(workdir) for workdir in workdirs]
+    for names in (
+        [one.name for one in trained],
+        [w.name for w in workdirs],
+        [str(w).replace(os.sep, "_") for w in workdirs],
+    ):
+        if len(set(names)) == len(names):
+            return dict(zip(names, trained, strict=True))
+    raise UserError(f"--workdir={','.join(map(str, workdirs))} names a folder twice: name each once")
+
+
+def common_targets(configs: Mapping[str, Any]) -> summary.Targets:
+    """The classes and regions to score; UserError if the methods' classes differ."""
+    found = {name: tuple(config.data.classes) for name, config in configs.items()}
+    first, *others = found
+    for name in others:
+        if found[name] != found[first]:
+            raise UserError(
+                f"{name} has classes {found[name]}, {first} {found[first]}: "
+                "compare models with equal config.data.classes"
+            )
+    regions = configs[first].data.get("regions") or {}
+    return summary.Targets(found[first], {str(region): tuple(members) for region, members in regions.items()})
+
+
+def read_volumes(methods: Mapping[str, Any], data_dir: str | None, split: str) -> dict[str, list[Any]]:
+    """The labelled cases as each method reads them, in one order; UserError if the methods' cases differ or
+    there are none."""
+    volumes: dict[str, list[Any]] = {}
+    for name, trained in methods.items():
+        found, problems = api.read_cases(trained, data_dir, split)
+        for problem in problems:
+            print(f"{name}: {problem}")
+        volumes[name] = sorted(found, key=lambda volume: volume.name)
+        unlabelled = [volume.name for volume in volumes[name] if volume.label is None]
+        if unlabelled:
+            print(f"{name}: without a label, left out: {', '.join(unlabelled)}")
+            volumes[name] = [volume for volume in volumes[name] if volume.label is not None]
+    check_same_cases({name: [volume.name for volume in own] for name, own in volumes.items()}, split)
+    return volumes
+
+
+def check_same_cases(cases: Mapping[str, Sequence[str]], split: str) -> None:
+    """UserError unless every method has the same cases, at least one."""
+    first, *others = cases
+    if not cases[first]:
+        raise UserError(f"--split={split}: no labelled case to score; check --data_dir, or use --split=all")
+    for name in others:
+        if odd := sorted(set(cases[name]) ^ set(cases[first])):
+            shown = ", ".join(odd[:3]) + (", ..." if len(odd) > 3 else "")
+            raise UserError(
+                f"{name} and {first} have different {split} cases ({len(odd)} in one only: {shown}): compare "
+                "models of one split, or give --data_dir with scans that none was trained on and --split=all"
+            )
+
+
+def score_all(
+    methods: Mapping[str, Any], volumes: Mapping[str, Sequence[Any]], targets: summary.Targets
+) -> dict[str, list[summary.Scores]]:
+    """Scores of every method on every case. Cases outside, methods inside: the region of interest needs
+    every method's prediction of a case, and no more than one case is held."""
+    scores: dict[str, list[summary.Scores]] = {name: [] for name in methods}
+    count = len(next(iter(volumes.values())))
+    for i in range(count):
+        started = time.perf_counter()
+        case = {name: own[i] for name, own in volumes.items()}
+        predictions = {name: api.predict_volume(trained, case[name]) for name, trained in methods.items()}
+        for name, one in score_predictions(predictions, case, targets).items():
+            scores[name].append(one)
+        dice = ", ".join(f"{name} {own[-1].values['dice']:.3f}" for name, own in scores.items())
+        seconds = time.perf_counter() - started
+        print(f"{i + 1}/{count} {next(iter(case.values())).name}: {seconds:.1f} s, Dice {dice}", flush=True)
+    return scores
+
+
+def score_predictions(
+    predictions: dict[str, dict[str, Any]], volumes: Mapping[str, Any], targets: summary.Targets
+) -> dict[str, summary.Scores]:
+    """Scores of one case by method, all inside the one region of interest that their foreground
+    probabilities give."""
+    roi = calibration.region_of_interest([one["probability"][..., 0] for one in predictions.values()])
+    scores = {}
+    for name in list(predictions):
+        volume = volumes[name]
+        if volume.label.shape != roi.shape:
+            raise UserError(
+                f"{volume.name}: {name} reads it on a grid of its own, {volume.label.shape}: "
+                "compare models of one config.data.reference"
+            )
+        scores[name] = summary.score_case(
+            predictions.pop(name),  # its arrays go as soon as they are scored
+            volume.label,
+            volume.body,
+            volume.spacing,
+            roi,
+            targets,
+            name=volume.name,
+            patient=volume.patient,
+            seed=volume.number,
+        )
+    return scores
+
+
+def seen_in_training(trained: Any, scores: Sequence[summary.Scores]) -> list[str]:
+    """Scored cases that the model was trained, chosen or calibrated on: their scores are no test."""
+    used = {
+        name
+        for part, names in dict(trained.splits).items()
+        if part in ("train", "val", "calibration")
+        for name in names
+    }
+    seen = sorted(one.name for one in scores if one.name in used)
+    if seen:
+        print(f"{trained.name}: {len(seen)} of {len(scores)} cases had a part in training: no test")
+    return seen
+
+
+def code_version() -> str | None:
+    """git describe of the checkout that this file lies in; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--tags"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def peak_memory() -> dict[str, Any]:
+    """Largest resident memory of this process so far, as a figure."""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    megabytes = size / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB on Linux
+    reason = "one measurement: host memory of the whole process, data and every method included"
+    return {"value": round(megabytes, 1), "ci95": None, "n": 1, "reason": reason}
+
+
+def write_results(
+    folder: Path,
+    scores: Mapping[str, Sequence[summary.Scores]],
+    targets: summary.Targets,
+    about: Mapping[str, Any],
+    workdirs: Mapping[str, str],
+    resamples: int = 2000,
+) -> None:
+    """Writes summary.json, cases.csv and the pictures of one method into `folder`; of several into a folder
+    each, with comparison.json, comparison.md and one risk-coverage picture beside them."""
+    several = len(scores) > 1
+    for name, cases in scores.items():
+        own = folder / name if several else folder
+        own.mkdir(parents=True, exist_ok=True)
+        results = {
+            "method": name,
+            "workdir": workdirs[name],
+            "about": {
+                **about,
+                "cases": len(cases),
+                "patients": len({case.patient for case in cases}),
+                "conventions": summary.CONVENTIONS,
+            },
+            **summary.summarise(cases, targets, resamples=resamples),
+            "peak_memory_mb": peak_memory(),
+        }
+        write_json(own / "summary.json", results)
+        write_cases(own / "cases.csv", cases)
+        draw_reliability(own / "reliability.png", name, cases, results)
+        draw_risk_coverage(own / "risk_coverage.png", {name: cases})
+        if not several:
+            print_headline(results)
+    if several:
+        comparison = summary.compare(scores, resamples=resamples)
+        write_json(folder / "comparison.json", {**about, "workdirs": dict(workdirs), **comparison})
+        table = summary.comparison_table(comparison)
+        note = f"{about['data']}, split {about['split']}; differences paired by patient.\n\n"
+        (folder / "comparison.md").write_text(f"# Comparison\n\n{note}{table}", encoding="utf-8")
+        draw_risk_coverage(folder / "risk_coverage.png", scores)
+        print(table)
+
+
+def draw_reliability(path: Path, name: str, cases: Sequence[summary.Scores], results: Mapping[str, Any]) -> None:
+    """Reliability before and after calibration: foreground classes pooled in the ROI."""
+    panels, notes = {}, {}
+    for stage in ("before", "after"):
+        heading = f"{stage} calibration"
+        panels[heading] = summary.reliability_bins(cases, stage)
+        value = results["ece_classwise_roi"][stage]["value"]
+        notes[heading] = "no voxel in the ROI" if value is None else f"class-wise ECE {value:.4f}"
+    patients = results["about"]["patients"]
+    curves.save(
+        curves.reliability_figure(
+            panels,
+            f"{name}: foreground classes in the ROI, 15 equal-width bins, {patients} patients pooled",
+            notes,
+        ),
+        path,
+    )
+
+
+def draw_risk_coverage(path: Path, scores: Mapping[str, Sequence[summary.Scores]]) -> None:
+    """Mean risk against the share of patients kept, with each method's best possible order."""
+    lines, best = {}, {}
+    for name, cases in scores.items():
+        pairs = summary.risk_and_confidence(summary.join_patients(cases))
+        pairs = pairs[np.isfinite(pairs).all(axis=1)]
+        if len(pairs):
+            lines[name] = usefulness.risk_coverage(pairs[:, 0], pairs[:, 1])
+            best[name] = usefulness.risk_coverage(pairs[:, 0], -pairs[:, 0])
+    curves.save(curves.risk_coverage_figure(lines, "Risk against coverage, by mean error probability", best), path)
+
+
+def print_headline(results: Mapping[str, Any]) -> None:
+    """The few figures that a person wants first."""
+    headline = (
+        "dice",
+        "hd95",
+        "ece_classwise_roi",
+        "error_auroc",
+        "aurc",
+        "predicted_dice_mae",
+        "seconds_per_case",
+    )
+    for key in headline:
+        found = results.get(key)
+        for stage, one in found.items() if found and "before" in found else [("", found)]:
+            if one and one["value"] is not None:
+                interval = "" if one["ci95"] is None else f"  [{one['ci95'][0]:.4g}, {one['ci95'][1]:.4g}]"
+                print(f"{key + (' ' + stage if stage else ''):28s} {one['value']:.4g}{interval}  n={one['n']}")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Strict JSON: NaN and infinities become null."""
+    path.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_cases(path: Path, cases: Sequence[summary.Scores]) -> None:
+    """One row per case; undefined values are empty cells."""
+    rows = [summary.case_row(case) for case in cases]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: "" if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()})
+
+
+def check_output(output: Path) -> None:
+    """UserError if `output` exists and is not an earlier evaluation: it would be replaced as a whole."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"--output={output} is a file: name a folder")
+    if any(output.iterdir()) and not any((output / name).is_file() for name in ("summary.json", "comparison.json")):
+        raise UserError(f"--output={output} holds other files, which would be replaced: name another folder")
+
+
+@contextmanager
+def replaced_folder(output: Path) -> Iterator[Path]:
+    """An empty folder beside `output` that takes its place when the block ends well; otherwise nothing
+    changes."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    old = beside.with_name(beside.name + "-old")
+    try:
+        beside.chmod(0o755)  # mkdtemp makes it private
+        yield beside
+        if output.exists():
+            output.rename(old)
+        try:
+            beside.rename(output)
+        except OSError:
+            if old.exists():
+                old.rename(output)
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

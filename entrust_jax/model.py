@@ -1,0 +1,358 @@
+"""EnTrust: composes EnFuse and SegDiff; `encode`, `fuse` and `denoise` are its faces, the two losses its training."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from entrust_jax.enfuse import objective as enfuse_objective
+from entrust_jax.enfuse.encoder import Encoder, Evidence
+from entrust_jax.enfuse.fusion import Auxiliary, Fused, Fusion, pool_maps
+from entrust_jax.layers import pool, upsample
+from entrust_jax.scores import case_mean, cross_entropy, over_cases
+from entrust_jax.segdiff import objective as segdiff_objective
+from entrust_jax.segdiff import schedule
+from entrust_jax.segdiff.denoiser import Denoiser, Projection, Projections
+
+RHO_SHARE = 0.3  # of stage 1, over which the conflict gate closes from 1 to 0
+XCOV_SHARE = 0.2  # of stage 1, over which the independence term is ramped in
+FUSE_WEIGHT = 0.3  # of L_fuse beside L_diff in stage 2a
+NULL_SHARE = 0.05  # of the cases, which lose every modality: the null condition of the attribution
+
+STRIDED_SCALE = 2  # independence is estimated on the grid of this scale
+
+Batch = dict[str, Array]
+Params = Any
+
+
+@flax.struct.dataclass
+class Condition:
+    """Everything that the denoiser and TrustMap need of a case under one availability."""
+
+    fused: Fused
+    projections: Projections
+
+
+class EnTrust(nn.Module):
+    """The model. Attributes are those of its parts; see `Encoder` and `Denoiser`."""
+
+    modalities: int
+    classes: int
+    widths: tuple[int, ...]
+    d_c: int
+    d_u: int
+    factor: int
+    head_dropout: float
+    b: float
+
+    def setup(self) -> None:
+        self.encoder = Encoder(
+            self.modalities, self.classes, self.widths, self.d_c, self.d_u, 32, self.factor, self.head_dropout
+        )
+        self.fusion = Fusion(self.d_c, self.factor)
+        self.auxiliary = Auxiliary(self.classes, self.factor)
+        self.projection = Projection(self.widths, 64)
+        self.denoiser = Denoiser(self.classes, self.widths, self.b, self.factor)
+
+    def encode(
+        self, image: Float[Array, "b m *s"], coordinates: Float[Array, "b *s 3"], *, train: bool = False
+    ) -> Evidence:
+        """Images -> Evidence, once a case. With train=True a 'dropout' key is needed."""
+        return self.encoder(image, coordinates, train=train)
+
+    def fuse(
+        self,
+        evidence: Evidence,
+        availability: Float[Array, "b m *s"],
+        *,
+        rho: Float[Array, ""] | float = 0.0,
+        conflict_scale: Float[Array, " b"] | None = None,
+    ) -> Condition:
+        """Joins the evidence of any subset, by voxel if need be; probes call it once a subset."""
+        fused = self.fusion(evidence, availability, rho=rho, conflict_scale=conflict_scale)
+        return Condition(fused, self.projection(fused.F_c, fused.F_u, fused.F_cf, fused.present))
+
+    def denoise(
+        self, x_t: Float[Array, "b *s k"], log_snr: Float[Array, " b"], condition: Condition
+    ) -> Float[Array, "b *s k"]:
+        """Noisy mask -> logits of the clean one, float32."""
+        return self.denoiser(x_t, log_snr, condition.projections)
+
+    def fuse_terms(
+        self,
+        batch: Batch,
+        availability: Float[Array, "b m *s"],
+        *,
+        rho: Float[Array, ""] | float,
+        conflict_scale: Float[Array, " b"],
+        key: Array,
+    ) -> tuple[Condition, dict[str, Array], dict[str, Array]]:
+        """Encodes, fuses and evaluates every term of L_fuse: (condition, terms, figures for the log)."""
+        evidence = self.encode(batch["image"], batch["coordinates"], train=True)
+        condition = self.fuse(evidence, availability, rho=rho, conflict_scale=conflict_scale)
+        fused, body, weight = condition.fused, _body(batch), _weight(batch)
+        present = fused.present
+        cross, cross_weight = _cross_consensus(key, evidence, fused, self.factor)
+        consensus, redrawn = self.auxiliary(fused, cross, fused.F_u[1])
+
+        terms = {
+            # Every modality that exists is trained, also where dropout hides it from the fusion: p_m stands by itself.
+            "uni": enfuse_objective.unimodal(
+                evidence.logits, batch["label"], body, batch["present"].astype(jnp.float32), weight
+            ),
+            "con": over_cases(case_mean(cross_entropy(consensus, batch["label"]), body), weight),
+            "rec": _reconstruction(redrawn, batch["image"], cross_weight, body, present, self.factor),
+            "prior": over_cases(case_mean(cross_entropy(evidence.prior_logits, batch["label"]), body), weight),
+        }
+        terms |= _part_terms(evidence, fused, body, self.factor)
+        figures = {"kappa": jnp.sum(body * fused.kappa) / jnp.maximum(jnp.sum(body), 1.0), "con": terms["con"]}
+        return condition, terms, figures
+
+    def __call__(self, batch: Batch, key: Array) -> Array:
+        """Touches every parameter: for initialisation only."""
+        b, m, *space = batch["image"].shape
+        ones = jnp.ones((b,), jnp.float32)
+        condition, terms, _ = self.fuse_terms(
+            batch, jnp.ones((b, m, *space)), rho=1.0, conflict_scale=ones, key=key
+        )
+        logits = self.denoise(jnp.zeros((b, *space, self.classes)), 0 * ones, condition)
+        return enfuse_objective.total(terms) + jnp.sum(logits)
+
+
+def build(config) -> EnTrust:
+    """The model of a config (`config.model`, `config.diffusion.b`, modalities and classes of `config.data`)."""
+    m = config.model
+    return EnTrust(
+        modalities=len(config.data.modalities),
+        classes=len(config.data.classes),
+        widths=tuple(m.widths),
+        d_c=m.d_c,
+        d_u=m.d_u,
+        factor=m.space_to_depth,
+        head_dropout=m.head_dropout,
+        b=config.diffusion.b,
+    )
+
+
+def _body(batch: Batch) -> Float[Array, "b *s"]:
+    labelled = batch["body"] & (batch["label"] >= 0)
+    return labelled.astype(jnp.float32)
+
+
+def _weight(batch: Batch) -> Float[Array, " b"]:
+    """Importance weight of a slot; zero for padding and for slots without a labelled body voxel."""
+    body = _body(batch)
+    some = jnp.sum(body, axis=tuple(range(1, body.ndim))) > 0
+    return batch["weight"] * batch["valid"] * some
+
+
+def _samples(x: Float[Array, "b *t d"], scale: int) -> Float[Array, "b n d"]:
+    """A scale's voxels on the grid of STRIDED_SCALE, flattened: the same n for every scale, so that all go in one call.
+
+    Finer scales are strided, for neighbours are no independent samples; coarser ones repeat their voxels.
+    """
+    if scale > STRIDED_SCALE:
+        x = upsample(x, 2 ** (scale - STRIDED_SCALE))
+    stride = 2 ** max(STRIDED_SCALE - scale, 0)
+    index = (slice(None),) + (slice(stride // 2, None, stride),) * (x.ndim - 2)
+    x = x[index]
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _part_terms(evidence: Evidence, fused: Fused, body: Float[Array, "b *s"], factor: int) -> dict[str, Array]:
+    """Independence, alignment and variance terms: means over the scales, each on the same strided grid."""
+    scales = range(len(evidence.c))
+
+    def stack(parts):  # [scale, b, n, d]
+        return jnp.stack([_samples(x, s) for s, x in zip(scales, parts, strict=True)])
+
+    def by_modality(parts):  # [scale, m, b, n, d]
+        return jnp.stack(
+            [jax.vmap(functools.partial(_samples, scale=s), in_axes=1)(x) for s, x in zip(scales, parts, strict=True)]
+        )
+
+    present = fused.present.T
+    pairs = [jnp.moveaxis(pool_maps(fused.kappa_pairs, factor * 2**s), 1, -1) for s in scales]
+    kappa = [pool(fused.kappa[..., None], factor * 2**s, jnp.max) for s in scales]
+    inside = [pool(body[..., None], factor * 2**s) for s in scales]
+    mask = (stack(inside)[..., 0] > 0.5).astype(jnp.float32)
+    return jax.tree.map(
+        jnp.mean,
+        jax.vmap(functools.partial(_one_scale, present=present))(
+            by_modality(evidence.c), by_modality(evidence.u), stack(fused.F_c), stack(fused.F_cf),
+            jnp.moveaxis(stack(pairs), -1, 1), stack(kappa)[..., 0], mask,
+        ),
+    )  # fmt: skip
+
+
+def _one_scale(
+    c: Float[Array, "m b n d"],
+    u: Float[Array, "m b n e"],
+    F_c: Float[Array, "b n d"],
+    F_cf: Float[Array, "b n d"],
+    kappa_pairs: Float[Array, "p b n"],
+    kappa: Float[Array, "b n"],
+    mask: Float[Array, "b n"],
+    *,
+    present: Float[Array, "m b"],
+) -> dict[str, Array]:
+    masks = mask[None] * present[..., None]
+    hinge = jax.vmap(lambda x, k: enfuse_objective.variance_hinge(x.reshape(-1, x.shape[-1]), k.reshape(-1)))
+    seen = (jnp.sum(masks, axis=(1, 2)) > 0).astype(jnp.float32)
+    # One call over the channels of c_m and u_m together; each part counts the same whatever its width.
+    both = jnp.concatenate([c, u], axis=-1)
+    share = jnp.concatenate([jnp.full(c.shape[-1], 1 / c.shape[-1]), jnp.full(u.shape[-1], 1 / u.shape[-1])])
+    per_channel = jnp.sum(seen[:, None] * hinge(both, masks) * share[None])
+    spread = per_channel / jnp.maximum(2 * jnp.sum(seen), 1.0)
+    active = mask * (kappa > enfuse_objective.ACTIVE_KAPPA)
+    enough = jnp.sum(active) >= enfuse_objective.ACTIVE_VOXELS
+    flat = F_cf.reshape(-1, F_cf.shape[-1])
+    spread += enough * jnp.mean(enfuse_objective.variance_hinge(flat, active.reshape(-1)))
+    return {
+        "xcov": enfuse_objective.independence(F_c, F_cf, c, u, mask, present),
+        "align": enfuse_objective.alignment(c, kappa_pairs, mask, present),
+        "var": spread,
+    }
+
+
+def _cross_consensus(
+    key: Array, evidence: Evidence, fused: Fused, factor: int
+) -> tuple[Float[Array, "b m *t d"], Float[Array, "b m *t"]]:
+    """The consensus that redraws each modality at scale 1: F_c, or (p = .5) that of a random other available modality,
+
+    weighted by 1 - kappa_mn: c must be exchangeable between modalities where they do not conflict.
+    """
+    c = evidence.c[1]
+    b, m = c.shape[:2]
+    F_c = jnp.broadcast_to(fused.F_c[1][:, None], c.shape)
+    k_swap, k_other = jax.random.split(key)
+    score = jax.random.uniform(k_other, (b, m, m)) * fused.present[:, None] * (1 - jnp.eye(m)[None])
+    other = jnp.argmax(score, axis=-1)
+    swap = jax.random.bernoulli(k_swap, 0.5, (b, m)) & (jnp.max(score, axis=-1) > 0)
+    expand = lambda x: x.reshape(*x.shape, *(1,) * (c.ndim - 2))  # noqa: E731
+    swapped = jnp.take_along_axis(c, expand(other), axis=1)
+    cbar = jnp.where(expand(swap), swapped, F_c)
+
+    first, second = jnp.triu_indices(m, 1)
+    kappa = jnp.zeros((b, m, m, *c.shape[2:-1]))
+    if len(first):
+        pairs = pool_maps(fused.kappa_pairs, 2 * factor)
+        kappa = kappa.at[:, first, second].set(pairs).at[:, second, first].set(pairs)
+    between = jnp.take_along_axis(kappa, expand(other)[:, :, None, ..., 0], axis=2)[:, :, 0]
+    return cbar, 1 - between * expand(swap)[..., 0]
+
+
+def _reconstruction(
+    redrawn: Float[Array, "b m *t"],
+    image: Float[Array, "b m *s"],
+    weight: Float[Array, "b m *t"],
+    body: Float[Array, "b *s"],
+    present: Float[Array, "b m"],
+    factor: int,
+) -> Array:
+    """L_rec: mean absolute error against the image pooled to scale 1, inside the body."""
+    target = pool_maps(image, 2 * factor)
+    inside = (pool_maps(body[:, None], 2 * factor) > 0.5) * present.reshape(*present.shape, *(1,) * (body.ndim - 1))
+    w = inside * weight
+    return jnp.sum(w * jnp.abs(redrawn - target)) / jnp.maximum(jnp.sum(w), 1.0)
+
+
+def enfuse_loss(model: EnTrust, params: Params, batch: Batch, key: Array, progress: Array) -> tuple[Array, dict]:
+    """Stage 1: L_fuse with L_pi. `progress` in [0, 1] closes the conflict gate's rho and ramps the independence term in."""
+    k_drop, k_head, k_cross = jax.random.split(key, 3)
+    b, _, *space = batch["image"].shape
+    no_null = jnp.zeros((b,), bool)
+    availability, conflict_scale = enfuse_objective.availability_dropout(
+        k_drop, batch["present"], tuple(space), no_null
+    )
+    rho = jnp.maximum(0.0, 1 - progress / RHO_SHARE)
+    _, terms, figures = model.apply(
+        params,
+        batch,
+        availability,
+        rho=rho,
+        conflict_scale=conflict_scale,
+        key=k_cross,
+        method="fuse_terms",
+        rngs={"dropout": k_head},
+    )
+    loss = enfuse_objective.total(terms, jnp.minimum(1.0, progress / XCOV_SHARE))
+    return loss, {"loss": loss, **terms, "kappa": figures["kappa"]}
+
+
+def segdiff_loss(
+    model: EnTrust, params: Params, batch: Batch, key: Array, *, low: float, high: float, draws: int
+) -> tuple[Array, dict]:
+    """Stage 2a: L_diff + .3 L_fuse (the prior is frozen by now). `draws` noise levels are trained per encoded case."""
+    k_drop, k_null, k_head, k_cross, k_u, k_terminal, k_eps = jax.random.split(key, 7)
+    b, _, *space = batch["image"].shape
+    terminal = segdiff_objective.terminal_slots(k_terminal, b * draws)
+    # The null condition is drawn jointly with pure noise: there the attribution will ask for it.
+    null = jax.random.bernoulli(k_null, NULL_SHARE, (b,))
+    availability, conflict_scale = enfuse_objective.availability_dropout(
+        k_drop, batch["present"], tuple(space), null
+    )
+    terminal = terminal | jnp.repeat(null, draws)
+    condition, terms, _ = model.apply(
+        params,
+        batch,
+        availability,
+        rho=0.0,
+        conflict_scale=conflict_scale,
+        key=k_cross,
+        method="fuse_terms",
+        rngs={"dropout": k_head},
+    )
+    kappa = jax.lax.stop_gradient(condition.fused.kappa)
+    log_snr = jnp.where(terminal, low, schedule.stratified(k_u, b * draws, low, high))
+    # Draws lie behind their case, not before it: so the batch axis stays split over the devices as it is.
+    repeat = functools.partial(jax.tree.map, lambda x: jnp.repeat(x, draws, axis=0))
+    label, projections, weight = repeat((batch["label"], condition.projections, _weight(batch)))
+    x0 = schedule.scale_onehot(label, model.classes, model.b)
+    x_t = schedule.diffuse(x0, log_snr, jax.random.normal(k_eps, x0.shape))
+    logits = model.apply(params, x_t, log_snr, condition.replace(projections=projections), method="denoise")
+    ce = case_mean(cross_entropy(logits, label), repeat(segdiff_objective.voxel_weight(_body(batch), kappa)))
+    diffusion = over_cases(ce, weight)
+    frozen_prior = {name: value for name, value in terms.items() if name != "prior"}
+    loss = diffusion + FUSE_WEIGHT * enfuse_objective.total(frozen_prior)
+    sums, counts = segdiff_objective.log_snr_bins(ce, log_snr, weight, low, high)
+    body = _body(batch)
+    mean_kappa = jnp.sum(body * kappa) / jnp.maximum(jnp.sum(body), 1.0)
+    return loss, {
+        "loss": loss, "diffusion": diffusion, **terms, "kappa": mean_kappa, "ce_sum": sums, "ce_count": counts,
+    }  # fmt: skip
+
+
+def validate(
+    model: EnTrust, params: Params, batch: Batch, log_snr: Float[Array, " l"], key: Array
+) -> tuple[Float[Array, "l b"], Float[Array, " b"], Float[Array, " b"]]:
+    """Per case, inside the body, all modalities kept: CE of the denoiser at each log SNR, mean CE of the unimodal heads of
+
+    the modalities that are there, mean kappa.
+    """
+    b, m, *space = batch["image"].shape
+    present = batch["present"].astype(jnp.float32)
+    evidence = model.apply(params, batch["image"], batch["coordinates"], method="encode")
+    mu = jnp.broadcast_to(present.reshape(b, m, *(1,) * len(space)), (b, m, *space))
+    condition = model.apply(params, evidence, mu, method="fuse")
+    x0 = schedule.scale_onehot(batch["label"], model.classes, model.b)
+    eps = noise_of_cases(key, batch["case"], x0.shape[1:])
+    body = _body(batch)
+
+    def at(level):
+        levels = jnp.full((b,), level)
+        logits = model.apply(params, schedule.diffuse(x0, levels, eps), levels, condition, method="denoise")
+        return case_mean(cross_entropy(logits, batch["label"]), body)
+
+    unimodal = jax.vmap(lambda x: case_mean(cross_entropy(x, batch["label"]), body), in_axes=1)(evidence.logits)
+    unimodal = jnp.sum(present.T * unimodal, axis=0) / jnp.maximum(jnp.sum(present.T, axis=0), 1.0)
+    return jax.vmap(at)(log_snr), unimodal, case_mean(condition.fused.kappa, body)
+
+
+def noise_of_cases(key: Array, case: Int[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b *s k"]:
+    """Standard normal noise keyed by the scan's number: the same whatever the batching."""
+    return jax.vmap(lambda c: jax.random.normal(jax.random.fold_in(key, c), shape))(case)

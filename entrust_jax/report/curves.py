@@ -1,0 +1,116 @@
+"""Reliability and risk-coverage pictures."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe & Ito: told apart with every common colour vision deficiency.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+INK, FAINT = "#222222", "#999999"
+STYLES = ("-", "--", "-.", ":")
+
+
+def reliability_figure(
+    panels: Mapping[str, Float[np.ndarray, "bins 3"]], title: str, notes: Mapping[str, str]
+) -> Figure:
+    """A reliability diagram per panel, side by side, each with its bin counts below.
+
+    `panels` maps a panel's heading to its bins (voxels, sum of confidence, sum of correctness); `notes`
+    adds a line under a heading, such as the calibration error. Points sit at the bin's mean confidence.
+    """
+    picture = Figure(figsize=(3.6 * len(panels) + 0.4, 4.6), dpi=150, layout="constrained")
+    axes = picture.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row", height_ratios=(3, 1))
+    for column, (heading, bins) in enumerate(panels.items()):
+        curve, counts = axes[0, column], axes[1, column]
+        filled = bins[:, 0] > 0
+        size = np.where(filled, bins[:, 0], 1.0)
+        confidence, accuracy = (bins[:, 1] / size)[filled], (bins[:, 2] / size)[filled]
+        curve.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle="--", label="perfect calibration")
+        curve.vlines(confidence, confidence, accuracy, color=COLOURS[1], linewidth=3, alpha=0.5, label="gap")
+        curve.plot(confidence, accuracy, "o-", color=COLOURS[0], markersize=4, linewidth=1.4, label="observed")
+        curve.set(xlim=(0, 1), ylim=(0, 1))
+        curve.set_title(heading + (f"\n{notes[heading]}" if heading in notes else ""), fontsize=9, color=INK)
+        edges = np.linspace(0, 1, bins.shape[0] + 1)
+        counts.bar(
+            edges[:-1],
+            bins[:, 0],
+            width=np.diff(edges),
+            align="edge",
+            color=COLOURS[0],
+            edgecolor="white",
+            linewidth=0.5,
+        )
+        if filled.any():
+            counts.set_yscale("log")
+            counts.set_ylim(bottom=0.5)  # a bar of one voxel shows
+        counts.set_xlabel("predicted probability", fontsize=8, color=INK)
+    axes[0, 0].set_ylabel("observed frequency", fontsize=8, color=INK)
+    axes[1, 0].set_ylabel("voxels", fontsize=8, color=INK)
+    axes[0, 0].legend(frameon=False, fontsize=7, loc="upper left")
+    _dress(picture, axes.ravel(), title)
+    return picture
+
+
+def risk_coverage_figure(
+    curves: Mapping[str, tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]],
+    title: str,
+    oracle: Mapping[str, tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]],
+) -> Figure:
+    """Mean risk of the cases kept against the share kept, one curve per method; `oracle` (same keys, or
+    fewer) is drawn faintly: the best possible order of that method's cases."""
+    picture = Figure(figsize=(4.8, 3.8), dpi=150, layout="constrained")
+    axis = picture.subplots()
+    for i, (name, (coverage, risk)) in enumerate(curves.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        axis.plot(
+            coverage,
+            risk,
+            STYLES[i % len(STYLES)],
+            color=colour,
+            linewidth=1.6,
+            marker="o",
+            markersize=3,
+            label=name,
+        )
+        if name in oracle:
+            axis.plot(*oracle[name], color=colour, linewidth=0.9, alpha=0.45, label=f"{name}: best order")
+        if risk.size:
+            axis.axhline(risk[-1], color=colour, linewidth=0.7, alpha=0.35, linestyle=":")
+    axis.set(xlim=(0, 1.02))
+    axis.set_ylim(0, 1.08 * max([float(risk.max()) for _, risk in curves.values() if risk.max() > 0], default=1.0))
+    axis.set_xlabel("share of cases kept, most confident first", fontsize=8, color=INK)
+    axis.set_ylabel("mean risk (1 - Dice) of those kept", fontsize=8, color=INK)
+    if curves:
+        axis.legend(frameon=False, fontsize=7)
+    _dress(picture, np.array([axis]), title)
+    return picture
+
+
+def save(picture: Figure, path: Path) -> None:
+    """Writes a PNG beside `path` and renames it into place."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".png")
+    os.close(handle)
+    beside = Path(name)
+    try:
+        FigureCanvasAgg(picture)
+        picture.savefig(beside, format="png")
+        beside.chmod(0o644)  # mkstemp makes it private
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _dress(picture: Figure, axes: Any, title: str) -> None:
+    picture.suptitle(title, fontsize=9, color=INK)
+    for axis in axes:
+        axis.tick_params(labelsize=7, colors=INK)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#e6e6e6", linewidth=0.6)
+        axis.set_axisbelow(True)

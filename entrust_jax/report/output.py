@@ -1,0 +1,307 @@
+"""What a prediction leaves on disk: maps in the scan's geometry, report.json, a picture; all or nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nibabel
+import numpy as np
+from nibabel import orientations
+
+from entrust_jax.data.preprocess import write_map
+from entrust_jax.errors import UserError
+from entrust_jax.report import figures
+from entrust_jax.trustmap import explanation
+
+if TYPE_CHECKING:
+    from entrust_jax.data.preprocess import Volume
+
+REPORT, PICTURE = "report.json", "overview.png"
+MAKER = "entrust_jax.predict"  # in report.json: how a folder of ours is known again
+STATEMENT = (
+    "Research software, not a medical device. It has not been tested or approved for diagnosis or treatment; "
+    "every result must be checked by a qualified person."
+)
+PLACES = (
+    "place: voxel indices from 0 in canonical orientation, slice towards the head, "
+    "row towards the patient's right, column towards anterior; "
+    "scan_voxel: indices in the reference scan's own array; world_mm: the scan's RAS+ world coordinates"
+)
+# file stem -> (key of the prediction, meaning); one value per voxel, f32
+MAPS = {
+    "error_probability": (
+        "error_probability",
+        "calibrated probability that the delivered label is wrong, 0 to 1",
+    ),
+    "entropy": ("entropy", "total predictive entropy, nats"),
+    "divergence": (
+        "divergence",
+        "mutual information between hypotheses: how far the plausible outlines differ, nats",
+    ),
+    "conflict": ("conflict", "how strongly two scans support different classes, 0 to 1"),
+}
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A new folder beside `output` that takes its place when the block ends well, else vanishes (Ctrl-C too).
+
+    An earlier prediction at `output` stays until then. Raises UserError as `check_output`.
+    """
+    output = output.resolve()
+    check_output(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        part = output.parent / f".{output.name}.{os.getpid()}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+    except OSError as error:
+        raise UserError(
+            f"{output}: cannot be made ({error.strerror}); name a folder that you may write to"
+        ) from None
+    old = part.with_suffix(".old")
+    try:
+        yield part
+        check_output(output)  # somebody may have put a file there in the minutes between
+        if output.exists():
+            output.rename(old)
+        try:
+            part.rename(output)
+        except BaseException:
+            if old.exists() and not output.exists():
+                old.rename(output)
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if output.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def check_output(output: Path) -> None:
+    """Raises UserError unless `output` is new, empty, or holds an earlier prediction and nothing else."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"{output}: is a file; name a folder for the results")
+    found = {path.name for path in output.iterdir()}
+    if not found:
+        return
+    try:
+        report = json.loads((output / REPORT).read_text(encoding="utf-8"))
+        ours = {REPORT, *report["files"]} if report["made_by"] == MAKER else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = set()
+    if not ours:
+        raise UserError(f"{output}: already holds files that are no prediction of ours; name another folder")
+    if foreign := sorted(found - ours):
+        raise UserError(
+            f"{output}: holds {foreign[0]} beside an earlier prediction; move it away or name another folder"
+        )
+
+
+def label_values(label_map: Iterable[Sequence[int]], count: int) -> np.ndarray:
+    """Class index -> the data set's own label value: label_map inverted, the first value for a class.
+
+    Raises UserError when a class has no value.
+    """
+    first: dict[int, int] = {}
+    for value, index in label_map:
+        first.setdefault(int(index), int(value))
+    if lacking := sorted(set(range(count)) - set(first)):
+        raise UserError(f"config.data.label_map: no label value for class index {lacking[0]}; add one")
+    values = np.array([first[index] for index in range(count)], np.int64)
+    return values.astype(np.uint8 if values.min() >= 0 and values.max() <= 255 else np.int32)
+
+
+def write_prediction(
+    output: Path,
+    prediction: Mapping[str, Any],
+    volume: Volume,
+    *,
+    name: str,
+    method: str,
+    modalities: Sequence[str],
+    reference: str,
+    classes: Sequence[str],
+    label_map: Iterable[Sequence[int]],
+    regions: Mapping[str, Sequence[int]],
+    hypotheses: bool,
+    versions: Mapping[str, str],
+    warnings: Sequence[str] = (),
+    threshold: float = 0.2,
+) -> None:
+    """Writes maps, report and picture of one case to the folder `output`, whole or not at all.
+
+    name, method: the config's. regions: name -> class indices. threshold: error probability from which a
+    region is up for review, as used for prediction["records"]. Maps that the method does not make are absent,
+    and report.json says why.
+
+    Raises UserError when `output` holds anything but an earlier prediction or cannot be written.
+    """
+    scan = volume.reference
+    if scan is None:
+        raise UserError(
+            f"{volume.name}: has no scan file whose geometry the maps could take; predict from NIfTI files"
+        )
+    values = label_values(label_map, len(classes))
+    with whole_folder(output) as folder:
+        files: dict[str, str] = {}
+        absent: dict[str, str] = {}
+
+        def write(
+            stem: str, array: np.ndarray, dtype: Any, meaning: str, channel_axis: int | None = None
+        ) -> None:
+            files[f"{stem}.nii.gz"] = meaning
+            write_map(folder / f"{stem}.nii.gz", array, scan, dtype, channel_axis=channel_axis)
+
+        try:
+            meant = ", ".join(f"{value} {word}" for value, word in zip(values.tolist(), classes, strict=True))
+            write("label", values[prediction["label"]], values.dtype, f"delivered segmentation: {meant}")
+            order = ", ".join(classes)
+            write(
+                "probability",
+                prediction["probability"],
+                np.float32,
+                f"calibrated probability, fourth axis: {order}",
+                -1,
+            )
+            for stem, (key, meaning) in MAPS.items():
+                if key in prediction:
+                    write(stem, prediction[key], np.float32, meaning)
+                else:
+                    absent[f"{stem}.nii.gz"] = why_absent(key, method)
+            if "cause" in prediction:
+                codes = ", ".join(f"{code} {word}" for code, word in enumerate(explanation.CAUSES))
+                write("cause", prediction["cause"], np.uint8, f"why a voxel may be wrong: {codes}")
+            else:
+                absent["cause.nii.gz"] = why_absent("cause", method)
+            for m, modality in enumerate(modalities):
+                stem = f"attribution_{modality}"
+                if "attribution" not in prediction:
+                    absent[f"{stem}.nii.gz"] = why_absent("attribution", method)
+                elif not volume.present[m]:
+                    absent[f"{stem}.nii.gz"] = f"no {modality} scan was given"
+                else:
+                    meaning = (
+                        f"Shapley value of {modality} for the delivered label, nats: "
+                        "positive supports it, negative argues against it"
+                    )
+                    write(stem, prediction["attribution"][m], np.float32, meaning)
+            if "hypotheses" not in prediction:
+                absent["hypotheses.nii.gz"] = why_absent("hypotheses", method)
+            elif not hypotheses:
+                absent["hypotheses.nii.gz"] = "written with --hypotheses only"
+            else:
+                count = len(prediction["hypotheses"])
+                meaning = (
+                    f"{count} plausible segmentations along the fourth axis, label values as in label.nii.gz"
+                )
+                write("hypotheses", values[prediction["hypotheses"]], values.dtype, meaning, 0)
+            files[PICTURE] = "the result, its doubts and their reasons at a glance"
+            figures.overview(
+                folder / PICTURE,
+                prediction,
+                volume,
+                modalities=modalities,
+                reference=reference,
+                classes=classes,
+                title=f"{volume.name}   ({method}, {name})",
+                warnings=warnings,
+                threshold=threshold,
+            )
+            report = {
+                "made_by": MAKER,
+                "statement": STATEMENT,
+                "case": volume.name,
+                "config": name,
+                "method": method,
+                "versions": dict(versions),
+                "modalities": {
+                    "present": [word for word, here in zip(modalities, volume.present, strict=True) if here],
+                    "missing": [
+                        word for word, here in zip(modalities, volume.present, strict=True) if not here
+                    ],
+                    "geometry_from": scan.name,
+                },
+                "predicted_dice": prediction.get("predicted_dice"),
+                "regions": {
+                    word: {
+                        "classes": [classes[index] for index in regions[word]],
+                        "interval_means": "5th to 95th percentile over the hypotheses"
+                        if found.get("interval")
+                        else None,
+                        **found,
+                    }
+                    for word, found in prediction["regions"].items()
+                },
+                "review": [
+                    {"sentence": explanation.sentence(dict(record)), **record, **located(record, scan)}
+                    for record in prediction.get("records", ())
+                ],
+                "places": PLACES,
+                "thresholds": {
+                    "review_error_probability": threshold,
+                    "review_minimum_voxels": explanation.MINIMUM_VOXELS,
+                    "cause_error_probability": explanation.ERROR_FLOOR,
+                    "cause_conflict": explanation.CONFLICT_THRESHOLD,
+                    "cause_support": explanation.SUPPORT_THRESHOLD,
+                    "cause_boundary_voxels": explanation.BOUNDARY_VOXELS,
+                },
+                "warnings": list(warnings),
+                "seconds": prediction.get("seconds"),
+                "files": files,
+                "absent": absent,
+            }
+            text = json.dumps(plain(report), indent=2, ensure_ascii=False, allow_nan=False)
+            (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{output}: cannot be written ({error.strerror or error}); name another folder"
+            ) from error
+
+
+def why_absent(key: str, method: str) -> str:
+    needs = {
+        "divergence": "several hypotheses",
+        "hypotheses": "several hypotheses",
+        "conflict": "evidence from each scan apart",
+        "cause": "evidence from each scan apart",
+        "attribution": "evidence from each scan apart",
+    }
+    return f"the method {method} does not make it" + (f": it needs {needs[key]}" if key in needs else "")
+
+
+def located(record: Mapping[str, Any], scan: Path) -> dict[str, Any]:
+    """A record's place in the scan's own array and in world coordinates (mm, RAS+), for a NIfTI viewer."""
+    image: Any = nibabel.load(scan)
+    shape = image.shape[:3]
+    orientation = orientations.io_orientation(image.affine)
+    place = record["place"]
+    canonical = np.array([place["row"], place["column"], place["slice"], 1.0])
+    # inv_ornt_aff maps indices of the reoriented array to those of the array as stored.
+    stored = orientations.inv_ornt_aff(orientation, shape) @ canonical
+    world = image.affine @ stored
+    return {
+        "scan_voxel": [round(v) for v in stored[:3].tolist()],
+        "world_mm": [round(v, 2) for v in world[:3].tolist()],
+    }
+
+
+def plain(value: Any) -> Any:
+    """The same as plain Python for JSON; numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

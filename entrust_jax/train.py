@@ -1,0 +1,571 @@
+"""python -m entrust_jax.train --config=configs/X.py [--workdir=W] [--config.KEY=VALUE ...]
+
+Trains a method in its stages, into a working folder that explains itself and is all that predict and evaluate need.
+Started again with the same folder, it goes on where it stopped.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from jaxtyping import Array
+
+from entrust_jax import api, cli, inference
+from entrust_jax import model as entrust
+from entrust_jax.baselines import unet
+from entrust_jax.data import dataset, pipeline
+from entrust_jax.data.preprocess import Volume
+from entrust_jax.errors import UserError
+from entrust_jax.runtime import checkpoint, logs, mesh
+from entrust_jax.runtime.state import TrainState, create, ema_decay, update_ema
+from entrust_jax.trustmap import calibration, case
+
+Batch = dict[str, Array]
+Loss = Callable[..., tuple[Array, dict[str, Array]]]
+
+NETWORK_STAGES = {"entrust": ("enfuse", "segdiff"), "unet": ("unet",), "deep_ensemble": ("unet",)}
+VALIDATION_LEVELS = 6  # log SNRs at which the denoiser is validated, the first of them lambda_min
+SLOW = 0.1  # learning rate of EnFuse relative to SegDiff in stage 2a
+MAX_BAD_STEPS = 20  # consecutive steps without a finite gradient before the run gives up
+CHECKPOINT_SECONDS = 120  # the most work that a killed run repeats
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training stage. `begin` and `steps` count global optimiser steps; `rates` maps a parameter group to its
+
+    learning-rate factor (0 = frozen).
+    """
+
+    name: str
+    begin: int
+    steps: int
+    loss: Loss
+    rates: dict[str, float]
+    learning_rate: float
+
+
+def main(argv: Sequence[str]) -> None:
+    """The order of events."""
+    del argv
+    config = _CONFIG.value
+    workdir = Path(flags.FLAGS.workdir or cli.default_workdir(config))
+    cli.setup_devices(at_most=config.train.batch)
+    devices = mesh.data_mesh()
+    claim(workdir, config)
+
+    network = api.network_of(config)
+    stages = plan_stages(config, network)
+    steps = {stage.name: compile_step(config, network, stage, devices) for stage in stages}
+    print_plan(config, stages, steps, devices, workdir)
+
+    parts = dataset.split(config.data, workdir / "splits.json")
+    volumes = {part: read_part(config, parts, part) for part in ("train", "val", "calibration")}
+    if config.data.layout == "phantom":
+        example = dataset.export_example(config.data, workdir / "example", parts["test"][0], config.seed)
+        print(f"example case, as NIfTI files: {example}", flush=True)
+
+    train_network(config, workdir, network, stages, steps, volumes, devices)
+    params = best_params(config, workdir, devices)
+    tau = threshold(config, network, params, volumes["val"], devices)
+    calibrate(config, workdir, network, params, tau, volumes["calibration"], devices)
+    print(f"\ndone: {workdir}\n  python -m entrust_jax.evaluate --workdir={workdir}", flush=True)
+
+
+# Before data is touched -----------------------------------------------------------------------------------------------
+
+
+def claim(workdir: Path, config: Any) -> None:
+    """Writes config.json, or holds it against the one that is there: a folder belongs to one config."""
+    values = json.loads(config.to_json())
+    path = workdir / "config.json"
+    if path.exists():
+        old = json.loads(api.read_config(workdir).to_json())
+        changed = sorted(k for k in _flat(values).keys() | _flat(old).keys() if _flat(values).get(k) != _flat(old).get(k))
+        changed = [key for key in changed if key != "data.dir"]  # the data may have moved
+        if changed:
+            key = changed[0]
+            raise UserError(
+                f"{path}: was trained with {key}={_flat(old).get(key)!r}, this config has {_flat(values).get(key)!r}"
+                f" ({len(changed)} keys differ); use the same config to go on, or another --workdir"
+            )
+    logs.write_json(path, values)
+    logs.write_json(workdir / "version.json", logs.code_version())
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    return {k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
+
+
+def plan_stages(config: Any, network: Any) -> list[Stage]:
+    """The stages of the config's method."""
+    t, d = config.train, config.diffusion
+    if config.method not in NETWORK_STAGES:
+        raise UserError(f"config.method is {config.method!r}; set it to one of {', '.join(NETWORK_STAGES)}")
+    if config.method != "entrust":
+        loss = functools.partial(_unet_loss, network, dice=config.unet.dice)
+        return [Stage("unet", 0, t.unet_steps, loss, {"all": 1.0}, t.learning_rate)]
+    first = Stage(
+        "enfuse", 0, t.enfuse_steps, functools.partial(_enfuse_loss, network, steps=t.enfuse_steps),
+        {"enfuse": 1.0, "prior": 1.0, "segdiff": 0.0}, t.learning_rate,
+    )  # fmt: skip
+    segdiff = functools.partial(_segdiff_loss, network, low=d.lambda_min, high=d.lambda_max, draws=t.draws)
+    second = Stage(
+        "segdiff", t.enfuse_steps, t.segdiff_steps, segdiff,
+        {"enfuse": SLOW, "prior": 0.0, "segdiff": 1.0}, t.learning_rate,
+    )  # fmt: skip
+    return [first, second]
+
+
+def _enfuse_loss(network: Any, params: Any, batch: Batch, key: Array, step: Array, *, steps: int):
+    return entrust.enfuse_loss(network, params, batch, key, step / max(steps, 1))
+
+
+def _segdiff_loss(network: Any, params: Any, batch: Batch, key: Array, step: Array, **options: Any):
+    del step
+    return entrust.segdiff_loss(network, params, batch, key, **options)
+
+
+def _unet_loss(network: Any, params: Any, batch: Batch, key: Array, step: Array, *, dice: float):
+    del step
+    return unet.loss(network, params, batch, key, dice=dice)
+
+
+def parameter_group(path: tuple[Any, ...]) -> str:
+    """Which of a stage's `rates` a parameter of EnTrust follows."""
+    names = [entry.key for entry in path]
+    if "prior" in names:
+        return "prior"
+    return "segdiff" if {"denoiser", "projection"} & set(names) else "enfuse"
+
+
+def optimiser(config: Any, stage: Stage) -> optax.GradientTransformation:
+    """AdamW with warm-up and cosine decay, gradients clipped to norm 1, each group at its rate."""
+    warmup = min(100, max(1, stage.steps // 10))
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, stage.learning_rate, warmup, max(stage.steps, warmup + 1), 0.02 * stage.learning_rate
+    )
+    groups = {name: optax.scale(rate) if rate else optax.set_to_zero() for name, rate in stage.rates.items()}
+    label = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: parameter_group(path))
+    if set(groups) == {"all"}:
+        label = functools.partial(jax.tree.map, lambda _: "all")
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, weight_decay=config.train.weight_decay),
+        optax.partition(groups, label),
+    )
+
+
+def train_step(
+    state: TrainState, batch: Batch, key: Array, *, loss: Loss, tx: optax.GradientTransformation, decay: float
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimiser step of one network: pure. A step whose loss or gradient is not finite changes nothing but `step`."""
+    key = jax.random.fold_in(key, state.step)
+    (value, figures), gradient = jax.value_and_grad(loss, has_aux=True, argnums=0)(
+        state.params, batch, key, state.step
+    )
+    norm = optax.global_norm(gradient)
+    finite = jnp.isfinite(value) & jnp.isfinite(norm)
+    updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = update_ema(state.ema, params, ema_decay(state.step, decay))
+    new = (params, ema, opt_state)
+    params, ema, opt_state = jax.tree.map(
+        lambda a, b: jnp.where(finite, a, b), new, (state.params, state.ema, state.opt_state)
+    )
+    figures = figures | {"gradient_norm": norm, "finite": finite}
+    return TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state), figures
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A stage's step, compiled for the mesh: shapes, cost and the call itself."""
+
+    call: Callable[..., tuple[TrainState, dict[str, Array]]]
+    abstract: TrainState
+    compile_seconds: float
+    step_seconds: float
+    memory_mb: float
+
+
+def members(config: Any) -> int:
+    """Networks trained at once."""
+    return 1 if config.method == "entrust" else unet.members(config)
+
+
+def compile_step(config: Any, network: Any, stage: Stage, devices: Any) -> Compiled:
+    """Compiles a stage's step from shapes alone and times two steps on an empty batch."""
+    tx = optimiser(config, stage)
+    step = functools.partial(train_step, loss=stage.loss, tx=tx, decay=config.train.ema)
+    whole, split = mesh.replicated(devices), mesh.batch_sharding(devices)
+    abstract = jax.eval_shape(lambda: initial_state(config, tx))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), abstract)
+    size = mesh.round_to_devices(config.train.batch, devices)
+    batch = api.example_batch(config, size)
+    if config.method != "entrust":
+        step = jax.vmap(step, in_axes=(0, 0, 0))
+        n = members(config)
+        spec = jax.sharding.PartitionSpec(None, *split.spec)
+        split = jax.sharding.NamedSharding(devices, spec)
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), batch)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
+    key = step_key(config, stage)
+    began = time.perf_counter()
+    call = jax.jit(step, donate_argnums=0, out_shardings=whole).lower(abstract, batch, key).compile()
+    compile_seconds = time.perf_counter() - began
+
+    empty = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), batch)
+    state = jax.jit(lambda: initial_state(config, tx), out_shardings=whole)()
+    state, _ = call(state, empty, key)
+    jax.block_until_ready(state)
+    began = time.perf_counter()
+    state, _ = call(state, empty, key)
+    jax.block_until_ready(state)
+    step_seconds = time.perf_counter() - began
+    memory = call.memory_analysis()
+    used = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
+    return Compiled(call, abstract, compile_seconds, step_seconds, used / 2**20)
+
+
+def initial_state(config: Any, tx: optax.GradientTransformation) -> TrainState:
+    """Random parameters and optimiser state; call inside jit."""
+    params = api.init_params(config, jax.random.key(config.seed))
+    return create(params, tx) if config.method == "entrust" else jax.vmap(lambda p: create(p, tx))(params)
+
+
+def step_key(config: Any, stage: Stage) -> Array:
+    """The key that a stage folds its step into; one per member for U-Nets."""
+    key = jax.random.fold_in(jax.random.key(config.seed), stage.begin + 1)
+    return key if config.method == "entrust" else jax.random.split(key, members(config))
+
+
+def print_plan(config: Any, stages: list[Stage], steps: dict[str, Compiled], devices: Any, workdir: Path) -> None:
+    """Shapes, memory and minutes, before data is touched."""
+    data = config.data
+    size = mesh.round_to_devices(config.train.batch, devices)
+    print(f"{config.name}: {config.method} -> {workdir}")
+    print(
+        f"  {len(data.modalities)} modalities ({', '.join(data.modalities)}), {len(data.classes)} classes "
+        f"({', '.join(data.classes)}); batches of {size} slices {tuple(data.patch)} on {devices.size} device(s)"
+    )
+    total = 0.0
+    for stage in stages:
+        s = steps[stage.name]
+        count = sum(x.size for x in jax.tree.leaves(s.abstract.params))
+        minutes = stage.steps * s.step_seconds / 60
+        total += minutes
+        print(
+            f"  {stage.name}: {count:,} parameters, {stage.steps} steps of {s.step_seconds:.2f} s = {minutes:.1f} min, "
+            f"{s.memory_mb:.0f} MB per device (compiled in {s.compile_seconds:.0f} s)"
+        )
+    print(f"  planned: {total:.0f} min of training, then validation threshold and calibration", flush=True)
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def read_part(config: Any, parts: dict[str, list[str]], part: str) -> list[Volume]:
+    """The volumes of one part of the split; what is wrong with any of them is printed."""
+    began = time.perf_counter()
+    volumes, problems = dataset.read(config.data, parts[part], config.seed)
+    print(f"{part}: {len(volumes)} of {len(parts[part])} cases read in {time.perf_counter() - began:.1f} s")
+    for line in problems:
+        print(f"  warning: {line}")
+    return volumes
+
+
+def train_network(
+    config: Any,
+    workdir: Path,
+    network: Any,
+    stages: list[Stage],
+    steps: dict[str, Compiled],
+    volumes: dict[str, list[Volume]],
+    devices: Any,
+) -> None:
+    """Runs the stages that are not done yet; `checkpoints/last` always holds a state to go on from."""
+    folder = workdir / "checkpoints"
+    with contextlib.closing(checkpoint.open_manager(folder / "last")) as last:
+        with contextlib.closing(checkpoint.open_manager(folder / "best")) as best:
+            meta = checkpoint.read_meta(last)
+            state, stage = None, stages[0]
+            if meta is not None:
+                if meta["stage"] == "done":
+                    return
+                stage = next(s for s in stages if s.name == meta["stage"])
+                restored = checkpoint.restore_last(last, steps[stage.name].abstract)
+                assert restored is not None
+                state = restored[0]
+                print(f"resumed at step {meta['step']} ({stage.name})", flush=True)
+            if state is None:
+                tx = optimiser(config, stage)
+                init = jax.jit(lambda: initial_state(config, tx), out_shardings=mesh.replicated(devices))
+                state = init()
+            index = stages.index(stage)
+            for stage, following in zip(stages[index:], [*stages[index + 1 :], None], strict=True):
+                state = run_stage(
+                    config, workdir, network, stage, steps[stage.name], state, volumes, devices, last, best
+                )
+                # The next stage starts from the best of this one. Its first state is saved before it can have a best.
+                restored = checkpoint.restore_best(best, steps[stage.name].abstract.params)
+                params = restored[0] if restored else state.ema
+                end = stage.begin + stage.steps
+                if following is None:
+                    checkpoint.save_last(last, end, state, {"stage": "done", "step": end})
+                else:
+                    state = start_from(config, following, params, devices)
+                    checkpoint.save_last(last, end, state, {"stage": following.name, "step": end})
+
+
+def start_from(config: Any, stage: Stage, params: Any, devices: Any) -> TrainState:
+    """A fresh optimiser and average on given parameters."""
+    tx = optimiser(config, stage)
+    make = create if config.method == "entrust" else jax.vmap(create, in_axes=(0, None))
+    return jax.jit(lambda p: make(p, tx), out_shardings=mesh.replicated(devices))(params)
+
+
+def run_stage(
+    config: Any,
+    workdir: Path,
+    network: Any,
+    stage: Stage,
+    step: Compiled,
+    state: TrainState,
+    volumes: dict[str, list[Volume]],
+    devices: Any,
+    last: Any,
+    best: Any,
+) -> TrainState:
+    """Trains one stage to its end: log rows every `log_every` steps, validation and `best` every `eval_every`."""
+    t = config.train
+    done = int(np.max(np.asarray(state.step)))
+    names = {volume.number: volume.name for part in volumes.values() for volume in part}
+    size, n = mesh.round_to_devices(t.batch, devices), members(config)
+    train_data = pipeline.training_dataset(
+        volumes["train"], batch=size * n, patch=tuple(config.data.patch), seed=config.seed,
+        foreground_share=config.data.foreground_share, augment=config.data.augment,
+    )  # fmt: skip
+    validation = validation_batches(config, volumes["val"], size, devices)
+    rows = workdir / "metrics.jsonl"
+    logs.drop_rows_after(rows, stage.begin + done)
+    board = logs.open_tensorboard(workdir / "tensorboard", stage.begin + done)
+    should_stop = checkpoint.preemption_watch()
+    key = step_key(config, stage)
+    saved, bad = time.monotonic(), 0
+    batches = pipeline.iterate(train_data, stage.begin + done)
+    with logs.progress(stage.name, stage.steps, done) as show:
+        for i in range(done, stage.steps):
+            batch = next(batches)
+            state, figures = step.call(state, place(config, batch, n, devices), key)
+            finite = bool(np.all(np.asarray(figures.pop("finite"))))
+            bad = 0 if finite else bad + 1
+            if not finite:
+                cases = ", ".join(sorted({names[int(c)] for c in batch["case"]}))
+                print(f"warning: step {stage.begin + i + 1}: loss or gradient not finite, step skipped; cases: {cases}")
+                if bad >= MAX_BAD_STEPS:
+                    raise UserError(
+                        f"{workdir}: {bad} steps in a row were not finite, the last with cases {cases}; "
+                        "look at these scans, or lower config.train.learning_rate"
+                    )
+            now = i + 1
+            if now % t.log_every == 0 or now == stage.steps:
+                row = {"step": stage.begin + now, "stage": stage.name} | summarise(figures, config)
+                if now % t.eval_every == 0 or now == stage.steps:
+                    row |= validate(config, network, stage, state.ema, validation)
+                    keep_best(best, stage, stage.begin + now, state.ema, row["val/score"])
+                logs.append_row(rows, row)
+                logs.write_scalars(board, stage.begin + now, row)
+                show(now, row["loss"])
+            else:
+                show(now)
+            stopping = should_stop(stage.begin + now)
+            if now < stage.steps and (stopping or time.monotonic() - saved > CHECKPOINT_SECONDS):
+                checkpoint.save_last(last, stage.begin + now, state, {"stage": stage.name, "step": stage.begin + now})
+                saved = time.monotonic()
+            if stopping and now < stage.steps:
+                board.close()
+                raise UserError(f"{workdir}: stopped at step {stage.begin + now} and saved; run the same command to go on")
+    board.close()
+    return state
+
+
+def place(config: Any, batch: dict[str, np.ndarray], n: int, devices: Any) -> Batch:
+    """A batch on the mesh; U-Nets get one of their own per member."""
+    if config.method == "entrust":
+        return mesh.shard_batch(batch, devices)
+    split = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(None, mesh.AXIS))
+    return {
+        name: jax.device_put(value.reshape(n, -1, *value.shape[1:]), split) for name, value in batch.items()
+    }
+
+
+def summarise(figures: dict[str, Array], config: Any) -> dict[str, float]:
+    """Figures of one step as floats: the mean over members, and CE per bin of log SNR."""
+    del config
+    values = {name: np.asarray(value, np.float64) for name, value in figures.items()}
+    row: dict[str, float] = {}
+    if "ce_sum" in values:
+        sums, counts = values.pop("ce_sum"), values.pop("ce_count")
+        for i, (total, count) in enumerate(zip(sums, counts, strict=True)):
+            if count > 0:
+                row[f"ce/bin_{i}"] = float(total / count)
+    return {name: float(np.mean(value)) for name, value in values.items()} | row
+
+
+def validation_batches(config: Any, volumes: list[Volume], size: int, devices: Any) -> list[Batch]:
+    """A fixed set of validation patches, drawn and weighted as in training but not augmented."""
+    data = pipeline.training_dataset(
+        volumes, batch=size, patch=tuple(config.data.patch), seed=config.seed + 1,
+        foreground_share=config.data.foreground_share, augment=False,
+    )  # fmt: skip
+    count = max(1, -(-config.train.val_slices // size))
+    return [mesh.shard_batch(pipeline.batch_at(data, i), devices) for i in range(count)]
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def _validate_entrust(network: Any, params: Any, batch: Batch, levels: Array, key: Array):
+    return entrust.validate(network, params, batch, levels, key)
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def _validate_unet(network: Any, params: Any, batch: Batch):
+    return jax.vmap(lambda p: unet.validate(network, p, batch))(params)
+
+
+def validate(config: Any, network: Any, stage: Stage, ema: Any, batches: list[Batch]) -> dict[str, float]:
+    """Validation figures of EMA parameters. `val/score` is what `best` goes by: CE of the unimodal heads in stage 1,
+
+    of the denoiser at lambda_min in stage 2a, of the (mean) member for U-Nets.
+    """
+    weight = np.concatenate([np.asarray(b["weight"] * b["valid"]) for b in batches])
+    mean = lambda parts: float(np.sum(weight * np.concatenate(parts)) / np.sum(weight))  # noqa: E731
+    if stage.name == "unet":
+        score = mean([np.asarray(_validate_unet(network, ema, b)).mean(axis=0) for b in batches])
+        return {"val/ce": score, "val/score": score}
+    low, high = config.diffusion.lambda_min, config.diffusion.lambda_max
+    levels = np.linspace(low, high, VALIDATION_LEVELS).astype(np.float32)
+    if stage.name == "enfuse":
+        levels = levels[:1]  # the denoiser is not trained yet
+    key = jax.random.key(config.seed)
+    found = [jax.tree.map(np.asarray, _validate_entrust(network, ema, b, levels, key)) for b in batches]
+    row = {"val/unimodal": mean([u for _, u, _ in found]), "val/kappa": mean([k for _, _, k in found])}
+    if stage.name == "enfuse":
+        return row | {"val/score": row["val/unimodal"]}
+    per_level = {f"val/ce_bin_{i}": mean([ce[i] for ce, _, _ in found]) for i in range(len(levels))}
+    return row | per_level | {"val/score": per_level["val/ce_bin_0"]}
+
+
+def keep_best(best: Any, stage: Stage, step: int, ema: Any, score: float) -> None:
+    """Saves EMA parameters that are better than any of this stage's before."""
+    meta = checkpoint.read_meta(best)
+    if np.isfinite(score) and (meta is None or meta["stage"] != stage.name or score < meta["metric"]):
+        checkpoint.save_best(best, step, ema, {"step": step, "metric": score, "stage": stage.name}, wait=False)
+
+
+# After training -------------------------------------------------------------------------------------------------------
+
+
+def best_params(config: Any, workdir: Path, devices: Any) -> Any:
+    """The EMA parameters of `best`, whole on every device."""
+    abstract = jax.eval_shape(lambda: api.init_params(config, jax.random.key(config.seed)))
+    with contextlib.closing(checkpoint.open_manager(workdir / "checkpoints" / "best", read_only=True)) as manager:
+        restored = checkpoint.restore_best(manager, abstract)
+    if restored is None:
+        raise UserError(f"{workdir}/checkpoints/best: holds no checkpoint; train into a new working folder")
+    return jax.device_put(restored[0], mesh.replicated(devices))
+
+
+def threshold(config: Any, network: Any, params: Any, volumes: list[Volume], devices: Any) -> float:
+    """Stage 3: the one-step foreground threshold with the best Dice on validation cases."""
+    pairs = []
+    for volume in volumes:
+        if isinstance(network, unet.UNet):
+            raw = api.examine_with(config, network, params, devices, 0.5, volume)
+            p = raw["mean"]
+        else:
+            _, maps, _ = inference.first_look(
+                params, volume, jax.random.key(config.seed), model=network, mesh=devices,
+                sampler=inference.sampler_of(config), multiple=api.multiple(config),
+            )  # fmt: skip
+            p = pipeline.crop(maps["one_step"], volume)
+        pairs.append((p, np.where(volume.body, volume.label, -1)))
+    tau, dice = case.choose_threshold(pairs)
+    print(f"threshold: {tau:.2f} (validation Dice {np.max(dice):.3f}, {len(volumes)} cases)", flush=True)
+    return float(tau)
+
+
+def calibrate(
+    config: Any, workdir: Path, network: Any, params: Any, tau: float, volumes: list[Volume], devices: Any
+) -> None:
+    """Stage 4: fits the ladder of calibrators on the calibration patients, frozen network, and keeps the best."""
+    if (workdir / "calibration.json").exists():
+        return
+    began = time.perf_counter()
+    slices = []
+    patients = sorted({volume.patient for volume in volumes})
+    with logs.progress("calibration", len(volumes)) as show:
+        for i, volume in enumerate(volumes):
+            raw = api.examine_with(config, network, params, devices, tau, volume, config.train.calibration_slices)
+            slices.append(calibration_slices(raw, volume, patients.index(volume.patient), config.seed))
+            show(i + 1)
+    data = calibration.CalibrationSet(
+        *(np.concatenate([getattr(part, f.name) for part in slices]) for f in dataclasses.fields(calibration.CalibrationSet))
+    )
+    found = calibration.select(data, jax.random.key(config.seed), config.train.head_steps)
+    logs.write_bytes(workdir / "calibration.npz", _npz(found["params"]))
+    table = found["table"]
+    logs.write_json(
+        workdir / "calibration.json",
+        {"tau": tau, "chosen": found["chosen"], "table": table, "note": found["note"], "patients": len(patients)},
+    )
+    print(f"calibration: {len(patients)} patients, {time.perf_counter() - began:.0f} s; {found['note']}")
+    for name, row in table.items():
+        mark = " <- chosen" if name == found["chosen"] else ""
+        print(f"  {name:18s} NLL {row['nll']:.5f}{mark}")
+
+
+def calibration_slices(raw: inference.Raw, volume: Volume, patient: int, seed: int) -> calibration.CalibrationSet:
+    """The examined slices of one case, with importance-sampled pixels."""
+    kept = raw["kept"]
+    body, label = volume.body[kept], volume.label
+    assert label is not None
+    delivered = raw["label"]
+    inputs, _ = calibration.features(raw, delivered, volume.present)
+    rng = np.random.default_rng([seed, volume.number])
+    weight = calibration.importance_weights(raw["entropy"], calibration.signed_distance(delivered), body, rng)
+    return calibration.CalibrationSet(
+        features=inputs,
+        one_step=calibration.log_probability(raw["one_step"]),
+        mean=calibration.log_probability(raw["mean"]),
+        label=label[kept],
+        delivered=delivered.astype(np.int32),
+        weight=weight * raw["slice_weight"][:, None, None],
+        patient=np.full(len(kept), patient),
+    )
+
+
+def _npz(params: dict[str, np.ndarray]) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    np.savez(buffer, **params)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+_CONFIG = cli.config_flag()
+flags.DEFINE_string("workdir", None, "Working folder; runs/<config name> by default.")
+
+if __name__ == "__main__":
+    cli.run(main, required=["config"])

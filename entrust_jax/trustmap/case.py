@@ -1,0 +1,138 @@
+"""From maps to one answer for a scan: the delivered mask, its predicted Dice, volumes with intervals."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Integer, UInt8
+
+THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
+
+
+def threshold_action(probability: Float[np.ndarray, "*s k"], tau: float) -> UInt8[np.ndarray, "*s"]:
+    """Exclusive label map at threshold tau: the likeliest foreground class where 1 - p_0 > tau, background
+    elsewhere.
+
+    The threshold that maximises expected Dice is Dice*/2, below .5 for ambiguous objects (Lipton et al. 2014,
+    arXiv 1402.1892).
+    """
+    winner = 1 + np.argmax(probability[..., 1:], axis=-1)
+    return np.where(1.0 - probability[..., 0] > tau, winner, 0).astype(np.uint8)
+
+
+def _pairwise_dice(
+    a: UInt8[np.ndarray, "c v"], b: UInt8[np.ndarray, "n v"], classes: int
+) -> tuple[Float[np.ndarray, "c n j"], np.ndarray]:
+    """Dice per foreground class of every pair of label maps, 1 where both lack the class, and where that is
+    so.
+    """
+    dice, empty = [], []
+    for k in range(1, classes):
+        x, y = (a == k).astype(np.float32), (b == k).astype(np.float32)
+        total = x.sum(1, dtype=np.float64)[:, None] + y.sum(1, dtype=np.float64)[None, :]
+        empty.append(total == 0)
+        dice.append(np.where(total == 0, 1.0, 2.0 * (x @ y.T).astype(np.float64) / np.maximum(total, 1.0)))
+    return np.stack(dice, axis=-1), np.stack(empty, axis=-1)
+
+
+def dice_bayes(
+    mean: Float[np.ndarray, "d h w k"],
+    labels: UInt8[np.ndarray, "n d h w"],
+    thresholds: Sequence[float] = THRESHOLDS,
+) -> tuple[UInt8[np.ndarray, "d h w"], dict]:
+    """The mask with the highest expected Dice under the hypotheses, and a Dice prediction that it did not
+    choose itself.
+
+    Candidates are `threshold_action(mean, tau)` for every tau and the N hypotheses y_n; the utility of a
+    candidate is the mean over hypotheses, and over foreground classes, of its Dice (1 where both lack the
+    class). The even half of the hypotheses chooses and the odd half predicts, since choosing and scoring on
+    the same N is optimistic; a hypothesis is never compared with itself. With one hypothesis the choice is
+    the mean's at tau = .5 and nothing is predicted.
+
+    Returns the mask and a dict:
+        predicted_dice           float, mean foreground-class Dice; None with one hypothesis
+        predicted_dice_by_class  K - 1 floats, the same for each foreground class
+        empty_by_class           K - 1 floats, share of the pairs where both lack the class (their Dice counts
+                                 1); (dice - empty) / (1 - empty) is the prediction that skips them
+        choice                   "threshold 0.35" or "hypothesis 3"
+        utility                  expected Dice of the choice by the half that chose, optimistic
+    """
+    count, classes = labels.shape[0], mean.shape[-1]
+    if count < 2:
+        nothing = {
+            "predicted_dice": None,
+            "predicted_dice_by_class": None,
+            "empty_by_class": None,
+            "utility": None,
+        }
+        return threshold_action(mean, 0.5), {**nothing, "choice": "threshold 0.5"}
+    # voxels that are background in every candidate change no Dice
+    somewhere = (labels > 0).any(0) | (1.0 - mean[..., 0] > min(thresholds, default=1.0))
+    inside, votes = mean[somewhere], labels[:, somewhere]
+    actions = [threshold_action(inside, tau) for tau in thresholds]
+    candidates = np.concatenate([np.stack(actions), votes]) if actions else votes
+    dice, empty = _pairwise_dice(candidates, votes, classes)
+    other = np.ones((len(candidates), count), bool)
+    other[len(actions) + np.arange(count), np.arange(count)] = False
+    chooses = np.arange(count) % 2 == 0
+
+    def average(value: np.ndarray, half: np.ndarray) -> np.ndarray:
+        use = (other & half[None, :]).astype(np.float64)
+        return np.einsum("cn,cnj->cj", use, value) / np.maximum(use.sum(1), 1.0)[:, None]
+
+    utility = average(dice, chooses).mean(1)
+    # with two or three hypotheses a candidate may have no other judge in its half
+    utility[(other & chooses[None, :]).sum(1) == 0] = -1.0
+    judged = (other & ~chooses[None, :]).sum(1) > 0
+    best = int(np.argmax(np.where(judged, utility, -2.0)))
+    result = np.zeros(labels.shape[1:], np.uint8)
+    result[somewhere] = candidates[best]
+    by_class = average(dice, ~chooses)[best]
+    choice = f"threshold {thresholds[best]:g}" if best < len(actions) else f"hypothesis {best - len(actions)}"
+    return result, {
+        "predicted_dice": float(by_class.mean()),
+        "predicted_dice_by_class": [float(v) for v in by_class],
+        "empty_by_class": [float(v) for v in average(empty.astype(np.float64), ~chooses)[best]],
+        "choice": choice,
+        "utility": float(utility[best]),
+    }
+
+
+def choose_threshold(
+    cases: Sequence[tuple[Float[np.ndarray, "..."], Integer[np.ndarray, "..."]]],
+    taus: Sequence[float] = THRESHOLDS,
+) -> tuple[float, Float[np.ndarray, "t"]]:
+    """The global tau whose `threshold_action` has the best Dice on labelled validation cases.
+
+    cases: pairs (probability [*s k], label [*s] with -1 = ignored). Per case the mean over foreground classes
+    of the Dice, 1 where both lack the class; then the mean over cases. Of equal taus the one nearest .5 is
+    taken, so that validation cases that decide nothing change nothing.
+
+    Returns tau and the mean Dice of each tau.
+    """
+    if not cases:
+        raise ValueError("a threshold cannot be chosen without a validation case")
+    score = np.zeros(len(taus))
+    for probability, label in cases:
+        use = label >= 0
+        truth, inside = label[use].astype(np.uint8)[None], probability[use]
+        actions = np.stack([threshold_action(inside, tau) for tau in taus])
+        score += _pairwise_dice(actions, truth, probability.shape[-1])[0].mean((1, 2)) / len(cases)
+    best = [tau for tau, value in zip(taus, score, strict=True) if value >= score.max() - 1e-9]
+    return float(min(best, key=lambda tau: abs(tau - 0.5))), score
+
+
+def volumes(
+    labels: UInt8[np.ndarray, "n d h w"], regions: dict[str, Sequence[int]], voxel_ml: float
+) -> dict[str, dict]:
+    """Volume in ml of each region (a union of classes): the mean over the hypotheses and their [5, 95]
+    percentiles.
+
+    The interval comes from whole hypotheses, whose pixels belong together; marginal probabilities cannot give
+    it. It is None for a single map.
+    """
+    result = {}
+    for name, classes in regions.items():
+        ml = np.array([np.isin(map_, list(classes)).sum() for map_ in labels]) * float(voxel_ml)
+        interval = [float(v) for v in np.percentile(ml, [5, 95])] if len(ml) > 1 else None
+        result[name] = {"volume_ml": float(ml.mean()), "interval": interval}
+    return result

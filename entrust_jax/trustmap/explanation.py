@@ -1,0 +1,217 @@
+"""In words: where a prediction is likely wrong, why, which scan argues against it and what would follow."""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from scipy import ndimage
+
+NONE, MISSING_INPUT, CONFLICT, IGNORANCE, BOUNDARY, OTHER = range(6)
+CAUSES = ("none", "missing input", "conflict", "ignorance", "boundary", "other")
+CONFLICT_THRESHOLD = 0.1
+SUPPORT_THRESHOLD = 0.1
+BOUNDARY_VOXELS = 2.0
+ERROR_FLOOR = 0.05
+MINIMUM_VOXELS = 5
+
+
+def cause(
+    error_probability: Float[np.ndarray, "d h w"],
+    conflict: Float[np.ndarray, "d h w"],
+    support: Float[np.ndarray, "m d h w k"],
+    boundary_distance: Float[np.ndarray, "d h w"],
+    body: Bool[np.ndarray, "d h w"],
+    present: Bool[np.ndarray, "m"],
+) -> UInt8[np.ndarray, "d h w"]:
+    """The first cause that applies to each voxel of the body that may well be wrong, e > .05; 0 elsewhere
+    (ours).
+
+        1 missing input  no present modality supports any class (every s_mk <= .1) and the case lacks a
+        modality 2 conflict       kappa > .1
+        3 ignorance      as 1, with every modality there
+        4 boundary       within 2 voxels of the delivered mask's border (`boundary_distance` in pixels, signed
+                         or not)
+        5 other
+
+    A voxel that is almost surely right (e <= .05) needs no reason and gets 0, as does all outside the body.
+    """
+    silent = np.all(support[present] <= SUPPORT_THRESHOLD, axis=(0, -1))
+    conditions = [
+        silent & (not present.all()),
+        conflict > CONFLICT_THRESHOLD,
+        silent,
+        np.abs(boundary_distance) <= BOUNDARY_VOXELS,
+    ]
+    codes = np.select(conditions, [MISSING_INPUT, CONFLICT, IGNORANCE, BOUNDARY], OTHER)
+    return np.where(body & (error_probability > ERROR_FLOOR), codes, NONE).astype(np.uint8)
+
+
+def _per_modality(
+    values: Sequence[float], modalities: Sequence[str], present: np.ndarray
+) -> dict[str, float]:
+    return {name: float(v) for name, v, here in zip(modalities, values, present, strict=True) if here}
+
+
+def _evidence(inside: tuple, conflict_pairs, support, modalities, classes, present) -> dict:
+    """The dominant pair and the votes in one component, `inside` being its index arrays."""
+    pairs = [
+        (float(value[inside].mean()), float(value[inside].max()), modalities[m], modalities[n])
+        for value, (m, n) in zip(conflict_pairs, combinations(range(len(modalities)), 2), strict=True)
+        if present[m] and present[n]
+    ]
+    strongest = max(pairs, default=None)
+    votes = {}
+    for m, name in enumerate(modalities):
+        if present[m]:
+            strength = support[m][inside].mean(0)
+            k = int(strength.argmax())
+            shown = strength[k] > SUPPORT_THRESHOLD
+            votes[name] = {"class": classes[k] if shown else None, "strength": float(strength[k])}
+    pair = None
+    if strongest is not None and strongest[1] > CONFLICT_THRESHOLD:
+        pair = {
+            "modalities": list(strongest[2:]),
+            "mean_conflict": strongest[0],
+            "max_conflict": strongest[1],
+        }
+    return {"pair": pair, "votes": votes}
+
+
+def records(
+    error_probability: Float[np.ndarray, "d h w"],
+    label: UInt8[np.ndarray, "d h w"],
+    spacing: Sequence[float],
+    modalities: Sequence[str],
+    classes: Sequence[str],
+    present: Bool[np.ndarray, "m"],
+    cause: UInt8[np.ndarray, "d h w"] | None = None,
+    conflict_pairs: Float[np.ndarray, "p d h w"] | None = None,
+    support: Float[np.ndarray, "m d h w k"] | None = None,
+    attribution: Float[np.ndarray, "m d h w"] | None = None,
+    counterfactual: UInt8[np.ndarray, "m d h w"] | None = None,
+    threshold: float = 0.2,
+    largest: int = 10,
+) -> list[dict]:
+    """One record per 3-D component (26 neighbours, at least 5 voxels) of {e > threshold}, most expected
+    errors first.
+
+    Arguments after `present` that a method lacks are None (conflict_pairs and support come together), and the
+    parts of the record made from them are missing. Pairs are in the order of itertools.combinations; spacing
+    is in mm.
+
+    Keys: index; place {"slice", "row", "column"} (the component's voxel nearest to its centre of error, array
+    indices D, H, W); voxels, volume_ml; expected_error_ml (sum of e times the voxel's volume); mean_error,
+    max_error; delivered (the commonest class of the mask there), delivered_ml (its foreground there); missing
+    (names of absent modalities); cause and cause_shares; pair (the pair with the largest mean kappa, None
+    when kappa stays below .1); votes {modality: {"class" or None when it shows nothing, "strength" mean
+    support}}; attribution {modality: mean phi, nats}; blame (argmin phi over the present, None with fewer
+    than two); counterfactual {modality: {"region_ml", "total_ml"}}: foreground in the component and in the
+    scan if only that modality were right. Everything is plain Python, ready for JSON.
+    """
+    components = np.zeros(label.shape, np.int32)
+    ndimage.label(error_probability > threshold, structure=np.ones((3, 3, 3)), output=components)
+    count = int(components.max())
+    if count == 0:
+        return []
+    numbers = np.arange(1, count + 1)
+    sizes = np.bincount(components.ravel(), minlength=count + 1)[1:]
+    mass = ndimage.sum_labels(error_probability, components, numbers)
+    order = [i for i in np.argsort(-mass, kind="stable") if sizes[i] >= MINIMUM_VOXELS][:largest]
+    boxes = ndimage.find_objects(components)
+    voxel_ml = float(np.prod(spacing)) / 1000.0
+    total_ml = None if counterfactual is None else (counterfactual > 0).sum((1, 2, 3)) * voxel_ml
+
+    result = []
+    for index, i in enumerate(order):
+        local = np.nonzero(components[boxes[i]] == i + 1)
+        inside = tuple(axis + box.start for axis, box in zip(local, boxes[i], strict=True))
+        e = error_probability[inside].astype(np.float64)
+        position = np.stack(inside, axis=1)
+        centre = (e[:, None] * position).sum(0) / e.sum()
+        distance = (((position - centre[None]) * np.asarray(spacing)[None]) ** 2).sum(1)
+        place = position[int(distance.argmin())]
+        delivered = label[inside]
+        record = {
+            "index": index,
+            "place": {"slice": int(place[0]), "row": int(place[1]), "column": int(place[2])},
+            "voxels": int(sizes[i]),
+            "volume_ml": float(sizes[i] * voxel_ml),
+            "expected_error_ml": float(e.sum() * voxel_ml),
+            "mean_error": float(e.mean()),
+            "max_error": float(e.max()),
+            "delivered": classes[int(np.bincount(delivered).argmax())],
+            "delivered_ml": float((delivered > 0).sum() * voxel_ml),
+            "missing": [name for name, here in zip(modalities, present, strict=True) if not here],
+        }
+        if cause is not None:
+            shares = np.bincount(cause[inside], minlength=len(CAUSES)) / sizes[i]
+            record["cause"] = CAUSES[int(shares[1:].argmax()) + 1] if shares[1:].any() else CAUSES[NONE]
+            record["cause_shares"] = {CAUSES[c]: float(shares[c]) for c in np.flatnonzero(shares)}
+        if conflict_pairs is not None and support is not None:
+            record |= _evidence(inside, conflict_pairs, support, modalities, classes, present)
+        if attribution is not None:
+            phi = [float(a[inside].mean()) for a in attribution]
+            phi_of = record["attribution"] = _per_modality(phi, modalities, present)
+            several = len(phi_of) > 1
+            record["blame"] = min(phi_of, key=lambda name: phi_of[name]) if several else None
+        if counterfactual is not None and total_ml is not None:
+            region_ml = [float((c[inside] > 0).sum() * voxel_ml) for c in counterfactual]
+            record["counterfactual"] = {
+                name: {"region_ml": region_ml[m], "total_ml": float(total_ml[m])}
+                for m, name in enumerate(modalities)
+                if present[m]
+            }
+        result.append(record)
+    return result
+
+
+def _join(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _reason(record: dict) -> str:
+    votes = record.get("votes", {})
+    shown = [
+        f"{name} shows {vote['class']} ({vote['strength']:.2f})"
+        for name, vote in votes.items()
+        if vote["class"]
+    ]
+    silent = [name for name, vote in votes.items() if not vote["class"]]
+    says = _join(
+        shown + ([f"{_join(silent)} {'show' if len(silent) > 1 else 'shows'} nothing"] if silent else [])
+    )
+    kind = record.get("cause", "none")
+    if kind == "missing input":
+        verb = "is" if len(record["missing"]) == 1 else "are"
+        return f"{_join(record['missing'])} {verb} missing and the other scans show nothing clear here"
+    if kind == "conflict":
+        between = f"{_join(record['pair']['modalities'])} contradict each other" if record.get("pair") else ""
+        return ": ".join(part for part in (between or "the scans contradict each other", says) if part)
+    if kind == "ignorance":
+        return "no scan shows anything clear here"
+    if kind == "boundary":
+        return "the border of the mask is uncertain" + (f": {says}" if says else "")
+    return "no single cause stands out" + (f": {says}" if says else "")
+
+
+def sentence(record: dict) -> str:
+    """A record of `records` in plain words; says only what the record holds."""
+    place = record["place"]
+    text = [
+        f"Slice {place['slice']} near row {place['row']}, column {place['column']}: "
+        f"{record['volume_ml']:.2f} ml, delivered as {record['delivered']}, is wrong with a probability of "
+        f"{100 * record['mean_error']:.0f} % on average and {100 * record['max_error']:.0f} % at most."
+    ]
+    if "cause" in record:
+        text.append(f"Reason: {_reason(record)}.")
+    guilty = record.get("blame")
+    if guilty is not None and record["attribution"][guilty] < 0:
+        text.append(
+            f"{guilty} argues most against the delivered label ({record['attribution'][guilty]:+.2f} nats)."
+        )
+    outcomes = record.get("counterfactual", {})
+    if len(outcomes) > 1 and record.get("cause") == "conflict":
+        parts = [f"{value['region_ml']:.2f} ml if only {name} is right" for name, value in outcomes.items()]
+        text.append(f"Foreground here: {record['delivered_ml']:.2f} ml as delivered, {_join(parts)}.")
+    return " ".join(text)

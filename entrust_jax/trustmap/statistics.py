@@ -1,0 +1,76 @@
+"""What N hypotheses say about a pixel: their mean, their spread, and whether they agree with the one-step
+prediction.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+PROBABILITY_FLOOR = 1e-6
+
+
+def entropy(probability: Float[Array, "*s k"]) -> Float[Array, "*s"]:
+    """Entropy -sum_k p_k ln p_k in nats over the last axis, the logarithm's argument clipped at 1e-6.
+
+    Only the logarithm is clipped: -p ln max(p, 1e-6) is concave, so that the entropy of a mean is never below
+    the mean of the entropies, which clipping p itself would break.
+    """
+    return -jnp.sum(probability * jnp.log(jnp.maximum(probability, PROBABILITY_FLOOR)), axis=-1)
+
+
+def js(p: Float[Array, "*s k"], q: Float[Array, "*s k"]) -> Float[Array, "*s"]:
+    """Jensen-Shannon divergence H((p + q)/2) - (H(p) + H(q))/2 of two distributions, in bits, in [0, 1]."""
+    divergence = entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
+    return jnp.maximum(divergence, 0.0) / jnp.log(2.0)
+
+
+def statistics(hypotheses: Float[Array, "b n *s k"], one_step: Float[Array, "b *s k"]) -> dict[str, Array]:
+    """Maps of an ensemble of N hypotheses' probabilities p_n beside the one-step probabilities p_1 (ours).
+
+    Returns (b *s, nats unless said):
+        mean             [b *s k] pbar = 1/N sum_n p_n
+        entropy          TU = H(pbar), total predictive entropy
+        within           WU = 1/N sum_n H(p_n), what each hypothesis leaves open by itself
+        divergence       HU = TU - WU >= 0, mutual information between pixel and hypothesis
+        variation_ratio  1 - max_k pbar_k
+        disagreement     GD = N/(N-1) (1 - sum_k q_k^2), q the shares of the hard votes: the unbiased
+                         probability that two hypotheses differ here; 0 for N = 1
+        gap              |p_1 - pbar|_1 / 2 in [0, 1]: zero up to sampling noise when network and sampler
+                         agree, as both estimate the same marginal (tower property)
+    """
+    count, classes = hypotheses.shape[1], hypotheses.shape[-1]
+    mean = jnp.mean(hypotheses, axis=1)
+    total = entropy(mean)
+    within = jnp.mean(entropy(hypotheses), axis=1)
+    winner = jnp.argmax(hypotheses, axis=-1)
+    votes = jnp.stack([jnp.mean((winner == k).astype(jnp.float32), axis=1) for k in range(classes)], axis=-1)
+    return {
+        "mean": mean,
+        "entropy": total,
+        "within": within,
+        "divergence": jnp.maximum(total - within, 0.0),
+        "variation_ratio": 1.0 - jnp.max(mean, axis=-1),
+        "disagreement": count / max(count - 1, 1) * (1.0 - jnp.sum(votes**2, axis=-1)),
+        "gap": 0.5 * jnp.sum(jnp.abs(one_step - mean), axis=-1),
+    }
+
+
+def tower(
+    one_step: Float[Array, "b *s k"], mean: Float[Array, "b *s k"], count: int, body: Bool[Array, "b *s"]
+) -> dict[str, Float[Array, ""]]:
+    """Test of the tower property E p_n = p_1 for N = `count` i.i.d. hypotheses, over ambiguous pixels (ours).
+
+    Over the body's pixels and foreground classes with .1 < p_1 < .9: the sum of |p_1 - pbar|, the sum of its
+    bound .92 sqrt(p_1 (1 - p_1) / N) + .02, and their number. A hard vote has the largest variance that a
+    probability of mean p can have, p(1 - p), and E|deviation| is about .80 standard deviations; .02 covers
+    the finite step count. A network and sampler that agree have deviation <= bound; pixels are chosen by p_1,
+    which does not carry the members' noise, as choosing by pbar would bias the deviation.
+
+    Returns sums to be added over cases and divided once: {"deviation", "bound", "count"}.
+    """
+    p, q = one_step[..., 1:], mean[..., 1:]
+    chosen = ((p > 0.1) & (p < 0.9) & body[..., None]).astype(jnp.float32)
+    return {
+        "deviation": jnp.sum(chosen * jnp.abs(p - q)),
+        "bound": jnp.sum(chosen * (0.92 * jnp.sqrt(jnp.maximum(p * (1 - p), 0.0) / count) + 0.02)),
+        "count": jnp.sum(chosen),
+    }

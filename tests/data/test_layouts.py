@@ -1,0 +1,184 @@
+"""Layouts: which files make a case, and what a person is told when they do not."""
+
+import json
+import zlib
+from pathlib import Path
+
+import pytest
+
+from entrust_jax.data import layouts
+from entrust_jax.errors import UserError
+
+FOUR = ("T1", "T1ce", "T2", "FLAIR")
+
+
+def touch(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(b"")
+
+
+def nnunet(folder: Path, channels: object, *names: str, **more: object) -> None:
+    touch(folder / "imagesTr", *names)
+    (folder / "labelsTr").mkdir(exist_ok=True)
+    (folder / "dataset.json").write_text(json.dumps({"channel_names": channels, **more}))
+
+
+def test_brats_2021_folders(tmp_path):
+    for name in ("B_2", "B_1"):
+        touch(tmp_path / name, *(f"{name}_{m}.nii.gz" for m in ("t1", "t1ce", "t2", "flair", "seg")))
+    (tmp_path / "B_2" / "B_2_t2.nii.gz").unlink()
+    touch(tmp_path, "survival.csv")
+    touch(tmp_path / "notes", "readme.txt")
+    first, second = layouts.find_cases("brats", tmp_path, FOUR)
+    assert (first.name, first.patient, first.number) == ("B_1", "B_1", zlib.crc32(b"B_1") & 0x7FFFFFFF)
+    assert first.images["T1"].name == "B_1_t1.nii.gz" and first.images["T1ce"].name == "B_1_t1ce.nii.gz"
+    assert first.label is not None and first.label.name == "B_1_seg.nii.gz"
+    assert set(second.images) == {"T1", "T1ce", "FLAIR"}
+
+
+def test_brats_2023_time_points_share_a_patient(tmp_path):
+    for name in ("BraTS-GLI-00002-000", "BraTS-GLI-00002-001"):
+        touch(tmp_path / name, *(f"{name}-{m}.nii.gz" for m in ("t1n", "t1c", "t2w", "t2f", "seg")))
+    cases = layouts.find_cases("brats", tmp_path, FOUR)
+    assert [case.patient for case in cases] == ["BraTS-GLI-00002"] * 2
+    assert cases[0].number != cases[1].number
+    assert {m: p.name[20:] for m, p in cases[1].images.items()} == {
+        "T1": "t1n.nii.gz",
+        "T1ce": "t1c.nii.gz",
+        "T2": "t2w.nii.gz",
+        "FLAIR": "t2f.nii.gz",
+    }
+
+
+def test_nnunet_matches_channels_by_name_in_any_case(tmp_path):
+    names = [f"P_{c}_000{i}.nii.gz" for c in "ab" for i in range(3)]
+    nnunet(tmp_path, {"0": "T1", "1": "FLAIR", "2": "T1ce"}, *names[:-1])
+    touch(tmp_path / "labelsTr", "P_a.nii.gz")
+    a, b = layouts.find_cases("nnunet", tmp_path, ("flair", "T1CE"))
+    assert (a.name, b.name) == ("P_a", "P_b")
+    assert {m: p.name for m, p in a.images.items()} == {"flair": "P_a_0001.nii.gz", "T1CE": "P_a_0002.nii.gz"}
+    assert set(b.images) == {"flair"} and b.label is None and a.label is not None
+
+
+def test_nnunet_file_ending(tmp_path):
+    nnunet(tmp_path, {"0": "CT"}, "x_0000.nii", file_ending=".nii")
+    (case,) = layouts.find_cases("nnunet", tmp_path, ("CT",))
+    assert case.name == "x" and case.images["CT"].name == "x_0000.nii"
+
+
+def test_number_is_stable_and_fits_int32():
+    assert layouts.case_number("BraTS2021_00000") == zlib.crc32(b"BraTS2021_00000") & 0x7FFFFFFF
+    assert all(0 <= layouts.case_number(str(i)) < 2**31 for i in range(1000))
+
+
+def test_missing_folder_names_it_and_the_layout(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere: no such folder.*config\.data\.dir.*nnunet layout"):
+        layouts.find_cases("nnunet", tmp_path / "nowhere", ("T1",))
+
+
+def test_unknown_layout():
+    with pytest.raises(UserError, match=r"config\.data\.layout is 'dicom'.*brats, nnunet"):
+        layouts.find_cases("dicom", ".", ("T1",))
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(UserError, match="holds no case with any of T1, T1ce"):
+        layouts.find_cases("brats", tmp_path, FOUR)
+
+
+def test_no_complete_case_names_the_mend(tmp_path):
+    for name in ("a", "b"):
+        touch(tmp_path / name, f"{name}_flair.nii.gz", f"{name}_t1ce.nii.gz")
+    with pytest.raises(
+        UserError, match=r"lack T1, T2; set config\.data\.modalities.*present: T1ce, FLAIR"
+    ) as e:
+        layouts.find_cases("brats", tmp_path, FOUR)
+    assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+    assert len(layouts.find_cases("brats", tmp_path, ("FLAIR", "T1ce"))) == 2
+
+
+def test_no_complete_case_though_each_modality_is_somewhere(tmp_path):
+    touch(tmp_path / "a", "a_flair.nii.gz")
+    touch(tmp_path / "b", "b_t1.nii.gz")
+    with pytest.raises(UserError, match="none of its 2 cases has every modality; add the missing files"):
+        layouts.find_cases("brats", tmp_path, ("FLAIR", "T1"))
+
+
+@pytest.mark.parametrize("second", ["a_t1.nii", "a_t1n.nii.gz", "other_t1.nii.gz"])
+def test_two_files_for_one_modality(tmp_path, second):
+    touch(tmp_path / "a", "a_t1.nii.gz", second)
+    with pytest.raises(UserError, match="two files for T1") as error:
+        layouts.find_cases("brats", tmp_path, ("T1",))
+    assert second in str(error.value) and "a_t1.nii.gz" in str(error.value)
+
+
+def test_two_files_for_one_channel_or_label(tmp_path):
+    nnunet(tmp_path, {"0": "T1"}, "p_0000.nii.gz", "p_0000.nii")
+    with pytest.raises(UserError, match=r"two files for T1: p_0000\.nii and p_0000\.nii\.gz"):
+        layouts.find_cases("nnunet", tmp_path, ("T1",))
+    (tmp_path / "imagesTr" / "p_0000.nii").unlink()
+    touch(tmp_path / "labelsTr", "p.nii.gz", "p.nii")
+    with pytest.raises(UserError, match="two files for the label"):
+        layouts.find_cases("nnunet", tmp_path, ("T1",))
+
+
+def test_unknown_channel_lists_what_there_is(tmp_path):
+    nnunet(tmp_path, {"0": "T1", "1": "FLAIR"}, "p_0000.nii.gz")
+    with pytest.raises(UserError, match=r"dataset\.json: has no channel PET, it has T1, FLAIR"):
+        layouts.find_cases("nnunet", tmp_path, ("PET",))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"channel_names": {"T1": 0}}'])
+def test_damaged_dataset_json(tmp_path, text):
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(UserError, match=r"dataset\.json"):
+        layouts.find_cases("nnunet", tmp_path, ("T1",))
+
+
+def test_case_from_folder(tmp_path, monkeypatch):
+    touch(tmp_path / "c", "c_flair.nii.gz")
+    monkeypatch.chdir(tmp_path / "c")
+    for folder in (tmp_path / "c", "."):
+        case = layouts.case_from_folder(folder, FOUR)
+        assert case.name == "c" and set(case.images) == {"FLAIR"} and case.label is None
+    with pytest.raises(UserError, match="none of PET"):
+        layouts.case_from_folder(tmp_path / "c", ("PET",))
+    with pytest.raises(UserError, match="no such folder"):
+        layouts.case_from_folder(tmp_path / "d", FOUR)
+
+
+def test_case_from_files(tmp_path):
+    touch(tmp_path, "f.nii.gz", "t.nii.gz")
+    files = {"flair": tmp_path / "f.nii.gz", "T1": str(tmp_path / "t.nii.gz")}
+    case = layouts.case_from_files(files, FOUR)
+    assert list(case.images) == ["T1", "FLAIR"] and case.name == "t" and case.label is None
+    for bad, message in (
+        ({"PET": "x"}, "no modality PET"),
+        ({"T1": tmp_path / "gone.nii.gz"}, r"gone\.nii\.gz: no such file"),
+        ({}, "no scan given"),
+        ({"T1": tmp_path / "t.nii.gz", "t1": tmp_path / "f.nii.gz"}, "two files for T1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            layouts.case_from_files(bad, FOUR)
+
+
+def test_real_glioma_set(data_root):
+    folder = data_root / "Dataset101_LowerGradeGlioma"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    cases = layouts.find_cases("nnunet", folder, ("T1", "FLAIR", "T1ce"))
+    assert len(cases) == 61 and len({case.number for case in cases}) == 61
+    assert all(case.label for case in cases)
+    assert sum("T1ce" not in case.images for case in cases) == 4
+    assert sum("T1" not in case.images for case in cases) == 1
+
+
+def test_real_brats_set_lacks_two_modalities(data_root):
+    folder = data_root / "brats13"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    with pytest.raises(UserError, match="lack T1, T2"):
+        layouts.find_cases("brats", folder, FOUR)
+    cases = layouts.find_cases("brats", folder, ("FLAIR", "T1ce"))
+    assert len(cases) == 3 and all(set(case.images) == {"FLAIR", "T1ce"} and case.label for case in cases)

@@ -1,0 +1,462 @@
+"""From files to arrays and back: geometry, body, normalisation, and the errors that damaged files cause."""
+
+import gzip
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from entrust_jax.data import layouts, preprocess
+from entrust_jax.errors import UserError
+
+OPTIONS = {
+    "modalities": ("T1", "FLAIR"),
+    "reference": "FLAIR",
+    "label_map": ((0, 0), (1, 1), (4, 2)),
+    "classes": ("background", "core", "ring"),
+}
+AFFINE = np.diag([2.0, 3.0, 4.0, 1.0])
+
+
+def head(shape=(16, 14, 6), seed=0):
+    """A bright ellipse on a noisy background."""
+    rng = np.random.default_rng(seed)
+    x, y, _ = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    return (rng.uniform(0, 3, shape) + (x**2 + y**2 < 0.6) * rng.uniform(80, 120, shape)).astype(np.float32)
+
+
+def save(path: Path, values, affine=AFFINE, dtype=None) -> Path:
+    values = np.asarray(values)
+    nibabel.Nifti1Image(values.astype(dtype or values.dtype), affine).to_filename(path)
+    return path
+
+
+def make_case(folder: Path, t1=None, flair=None, label=None, **affines) -> layouts.Case:
+    images = {
+        "T1": save(folder / "T1.nii.gz", head(seed=1) if t1 is None else t1, affines.get("t1", AFFINE)),
+        "FLAIR": save(
+            folder / "FLAIR.nii.gz", head(seed=2) if flair is None else flair, affines.get("flair", AFFINE)
+        ),
+    }
+    if label is None:
+        label = np.zeros((16, 14, 6), np.uint8)
+        label[6:9, 6:9, 2:4] = 1
+        label[7, 7, 3] = 4
+    mask = save(folder / "label.nii.gz", label, affines.get("label", AFFINE))
+    return layouts.Case("case", "patient", 7, images, mask)
+
+
+def read(case, **changes):
+    return preprocess.read_volume(case, **{**OPTIONS, **changes})
+
+
+def test_volume_of_a_plain_case(tmp_path):
+    volume = read(make_case(tmp_path))
+    assert volume.image.shape == (2, 6, 16, 14) and volume.image.dtype == np.float32
+    assert volume.spacing == (4.0, 2.0, 3.0)
+    assert volume.present.all() and volume.reference == tmp_path / "FLAIR.nii.gz" and volume.warnings == ()
+    assert (volume.name, volume.patient, volume.number) == ("case", "patient", 7)
+    label = volume.label
+    assert label is not None and label.dtype == np.int32
+    assert label[3, 7, 7] == 2 and label[2, 6, 8] == 1 and np.bincount(label.ravel()).tolist()[1:] == [17, 1]
+    x, y = np.meshgrid(np.linspace(-1, 1, 16), np.linspace(-1, 1, 14), indexing="ij")
+    np.testing.assert_array_equal(volume.body, np.broadcast_to(x**2 + y**2 < 0.6, (6, 16, 14)))
+    inside = volume.image[:, volume.body]
+    np.testing.assert_allclose(inside.mean(1), 0, atol=0.01)
+    np.testing.assert_allclose(inside.std(1), 1, atol=0.02)
+    assert not volume.image[:, ~volume.body].any()
+
+
+def test_missing_modality_and_missing_reference(tmp_path):
+    case = make_case(tmp_path)
+    only = layouts.Case("c", "c", 1, {"T1": case.images["T1"]}, None)
+    volume = read(only)
+    assert volume.present.tolist() == [True, False] and not volume.image[1].any()
+    assert volume.reference == case.images["T1"] and volume.label is None
+    with pytest.raises(UserError, match="none of T1, FLAIR"):
+        read(layouts.Case("c", "c", 1, {}, None))
+
+
+def orientations():
+    """A permutation of the axes with signs, as an affine's linear part."""
+    return st.tuples(st.permutations(range(3)), st.tuples(*[st.sampled_from([-1.0, 1.0])] * 3))
+
+
+@settings(max_examples=40, deadline=None)
+@given(orientations(), arrays(np.int16, (4, 5, 6), elements=st.integers(-50, 50)), st.integers(0, 3))
+def test_round_trip_over_orientations(tmp_path_factory, orientation, values, seed):
+    folder = tmp_path_factory.mktemp("trip")
+    permutation, signs = orientation
+    rng = np.random.default_rng(seed)
+    affine = np.eye(4)
+    affine[:3, :3] = np.eye(3)[:, permutation] * signs * rng.uniform(0.5, 4, 3)
+    # A few degrees of obliqueness and an origin, as scanners have.
+    angle = rng.uniform(-0.3, 0.3)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine[:3, :3] = turn @ affine[:3, :3]
+    affine[:3, 3] = rng.uniform(-90, 90, 3)
+    scan = nibabel.Nifti1Image(values, affine)
+    scan.header.set_sform(affine, code=[1, 2, 3, 4][seed])
+    scan.header.set_qform(affine, code=seed)
+    scan.header.set_xyzt_units("mm", "sec")
+    scan.header["scl_slope"], scan.header["scl_inter"] = 2, 1
+    scan.to_filename(folder / "scan.nii.gz")
+    grid, canonical = preprocess.load_scan(folder / "scan.nii.gz")
+    reference = nibabel.load(folder / "scan.nii.gz")
+    expected = nibabel.as_closest_canonical(reference)
+    np.testing.assert_array_equal(canonical, np.asanyarray(expected.dataobj))
+    np.testing.assert_array_equal(grid.affine, expected.affine)
+    internal = np.moveaxis(canonical, 2, 0)
+    preprocess.write_map(folder / "map.nii.gz", internal, folder / "scan.nii.gz", np.float32)
+    written = nibabel.load(folder / "map.nii.gz")
+    np.testing.assert_array_equal(np.asanyarray(written.dataobj), np.asanyarray(reference.dataobj))
+    for name in (
+        "srow_x",
+        "srow_y",
+        "srow_z",
+        "sform_code",
+        "qform_code",
+        "quatern_b",
+        "quatern_c",
+        "quatern_d",
+    ):
+        np.testing.assert_array_equal(written.header[name], reference.header[name])
+    np.testing.assert_array_equal(written.affine, reference.affine)
+    assert written.header.get_xyzt_units() == reference.header.get_xyzt_units()
+    assert sorted(p.name for p in folder.iterdir()) == ["map.nii.gz", "scan.nii.gz"]
+
+
+def test_channel_axes_and_stored_type(tmp_path):
+    reference = save(tmp_path / "r.nii.gz", np.ones((4, 5, 6), np.int16), np.diag([-1.0, -1, 2, 1]))
+    array = np.random.default_rng(0).integers(0, 255, (3, 6, 4, 5)).astype(np.uint8)
+    for axis, given_array in ((0, array), (-1, np.moveaxis(array, 0, -1))):
+        preprocess.write_map(tmp_path / "m.nii.gz", given_array, reference, np.uint8, channel_axis=axis)
+        written = nibabel.load(tmp_path / "m.nii.gz")
+        assert written.shape == (4, 5, 6, 3) and written.get_data_dtype() == np.uint8
+        stored = np.asanyarray(written.dataobj)
+        # Canonical x and y run against this scan's.
+        np.testing.assert_array_equal(stored[0, 1, 2, 1], array[1, 2, 3, 3])
+    for wrong, axis in ((array, None), (array[0], 0), (array[0], 1), (array[0, :5], None)):
+        with pytest.raises(ValueError):
+            preprocess.write_map(tmp_path / "n.nii.gz", wrong, reference, np.uint8, channel_axis=axis)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.nii.gz", "r.nii.gz"]
+
+
+def test_a_map_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    reference = save(tmp_path / "r.nii.gz", np.ones((2, 3, 4), np.int16))
+
+    def fail(image, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(nibabel, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        preprocess.write_map(tmp_path / "m.nii.gz", np.zeros((4, 2, 3)), reference, np.float32)
+    assert [p.name for p in tmp_path.iterdir()] == ["r.nii.gz"]
+
+
+def test_other_grid_is_resampled_in_world_space(tmp_path):
+    """A linear ramp in world space survives any linear resampling exactly, whatever the two grids."""
+
+    def ramp(shape, affine):
+        index = np.concatenate([np.indices(shape), np.ones((1, *shape))])
+        x, y, z, _ = np.einsum("ij,jxyz->ixyz", affine, index)
+        return (x + 2 * y - 3 * z).astype(np.float32)
+
+    fine = np.diag([-1.0, 1.0, 2.0, 1.0])
+    fine[:3, 3] = (15, -5, -2)
+    coarse = np.diag([2.0, -3.0, 4.0, 1.0])
+    coarse[:3, 3] = (-4, 20, 0)
+    save(tmp_path / "a.nii.gz", ramp((40, 40, 20), fine), fine)
+    save(tmp_path / "b.nii.gz", ramp((8, 7, 5), coarse), coarse)
+    target, expected = preprocess.load_scan(tmp_path / "b.nii.gz")
+    source, values = preprocess.load_scan(tmp_path / "a.nii.gz")
+    result, covered = preprocess.resample(values, source, target, order=1)
+    world = np.einsum(
+        "ij,jxyz->ixyz", target.affine, np.concatenate([np.indices((8, 7, 5)), np.ones((1, 8, 7, 5))])
+    )
+    within = (world[0] >= -24) & (world[0] <= 15) & (world[1] >= -5) & (world[1] <= 34) & (world[2] <= 36)
+    assert within.mean() > 0.3
+    assert covered[within].all()
+    np.testing.assert_allclose(result[within], expected[within], atol=1e-3)
+
+
+def test_smaller_field_of_view_is_neither_body_nor_measured(tmp_path):
+    """T1 covers the lower half in x only: beyond it T1 is 0 and does not extend the body."""
+    case = make_case(tmp_path, t1=head()[:8])
+    volume = read(case)
+    full = read(make_case(tmp_path))
+    assert not volume.image[0, :, 8:].any() and volume.image[0, :, :8].any()
+    np.testing.assert_array_equal(volume.body, full.body)
+    # The label's own grid is smaller: what it does not reach is unlabelled, and that is said.
+    part = read(make_case(tmp_path, label=np.ones((8, 14, 6), np.uint8)))
+    assert part.label is not None and (part.label[:, :8] == 1).all() and (part.label[:, 8:] == -1).all()
+    assert "label.nii.gz: covers only 50% of" in part.warnings[0]
+
+
+def test_float_label_and_label_map(tmp_path):
+    label = np.zeros((16, 14, 6), np.float32)
+    label[8, 8, 3] = 4.0
+    volume = read(make_case(tmp_path, label=label))
+    assert volume.label is not None and volume.label[3, 8, 8] == 2
+    with pytest.raises(UserError, match=r"config\.data\.label_map has classes 0 to 5"):
+        read(make_case(tmp_path), label_map=((0, 0), (1, 1), (4, 5)))
+
+
+def test_empty_label_is_allowed_and_said(tmp_path):
+    volume = read(make_case(tmp_path, label=np.zeros((16, 14, 6), np.uint8)))
+    assert volume.label is not None and not volume.label.any()
+    assert "label.nii.gz: empty label" in volume.warnings[0]
+
+
+def with_nan():
+    values = head()
+    values[1, 2, 3] = np.nan
+    return values
+
+
+FAR = np.array([[2.0, 0, 0, 5000], [0, 3, 0, 0], [0, 0, 4, 0], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    "what, file, message",
+    [
+        ({"t1": with_nan()}, "T1.nii.gz", "contains NaN"),
+        ({"t1": np.full((16, 14, 6), 5.0)}, "T1.nii.gz", "every voxel has the value 5"),
+        ({"flair": np.zeros((16, 14, 6))}, "FLAIR.nii.gz", "every voxel has the value 0"),
+        ({"t1": np.zeros((16, 14, 6, 2))}, "T1.nii.gz", r"shape \(16, 14, 6, 2\), expected one 3-D scan"),
+        ({"t1": head()[0]}, "T1.nii.gz", "expected one 3-D scan"),
+        (
+            {"label": np.full((16, 14, 6), 3)},
+            "label.nii.gz",
+            r"label value 3 .*config\.data\.label_map.*add \(3",
+        ),
+        ({"label": np.full((16, 14, 6), 0.5)}, "label.nii.gz", r"label value 0\.5"),
+    ],
+)
+def test_bad_content_names_the_file(tmp_path, what, file, message):
+    what = {name: np.float32(values) for name, values in what.items()}
+    with pytest.raises(UserError, match=message) as error:
+        read(make_case(tmp_path, **what))
+    assert str(tmp_path / file) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, file", [("t1", "T1.nii.gz"), ("label", "label.nii.gz")])
+def test_grid_that_does_not_overlap_names_both_files(tmp_path, name, file):
+    with pytest.raises(UserError, match="does not overlap") as error:
+        read(far_case(tmp_path, name))
+    assert str(tmp_path / file) in str(error.value) and str(tmp_path / "FLAIR.nii.gz") in str(error.value)
+
+
+def far_case(folder, name):
+    case = make_case(folder)
+    path = case.images["T1"] if name == "t1" else case.label
+    assert path is not None
+    scan = nibabel.load(path)
+    save(path, np.asanyarray(scan.dataobj), FAR)
+    return case
+
+
+def damage_truncate(path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def damage_magic(path):
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    data[344:348] = b"xxxx"
+    data[:4] = b"\0\0\0\0"
+    path.write_bytes(gzip.compress(bytes(data)))
+
+
+def damage_not_gzip(path):
+    path.write_bytes(b"<html>403 Forbidden</html>")
+
+
+def damage_empty(path):
+    path.write_bytes(b"")
+
+
+def damage_short(path):
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:1000]))
+
+
+def damage_crc(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(bytes(data))
+
+
+def damage_affine(value):
+    def damage(path):
+        scan = nibabel.load(path)
+        values = np.asanyarray(scan.dataobj)
+        scan.header.set_sform(np.eye(4), code=1)
+        scan.header["srow_x"] = value
+        scan.header["srow_y"] = value
+        raw = bytes(scan.header.binaryblock) + b"\0" * 4 + values.astype("<f4").tobytes(order="F")
+        path.write_bytes(gzip.compress(raw))
+
+    return damage
+
+
+def damage_axis(path):
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    data[42:44] = (0).to_bytes(2, "little")
+    path.write_bytes(gzip.compress(bytes(data)))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (damage_truncate, "unreadable or truncated"),
+        (damage_magic, "unreadable or truncated"),
+        (damage_not_gzip, "unreadable or truncated"),
+        (damage_empty, "unreadable or truncated"),
+        (damage_short, "unreadable or truncated"),
+        (damage_crc, "unreadable or truncated"),
+        (damage_axis, "empty axis"),
+        (damage_affine(0), "affine is singular"),
+        (damage_affine(np.nan), "affine is singular or not finite"),
+        (Path.unlink, "no such file"),
+    ],
+)
+def test_damaged_file_stops_that_case_and_training_goes_on(tmp_path, damage, message):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    good.mkdir()
+    bad.mkdir()
+    cases = [make_case(bad), make_case(good)]
+    damage(cases[0].images["T1"])
+    with pytest.raises(UserError, match=message) as error:
+        read(cases[0])
+    assert str(bad / "T1.nii.gz") in str(error.value) and "\n" not in str(error.value)
+    volumes, problems = preprocess.read_volumes(cases, **OPTIONS)
+    assert [volume.reference for volume in volumes] == [good / "FLAIR.nii.gz"]
+    assert len(problems) == 1 and str(bad / "T1.nii.gz") in problems[0] and "left out" in problems[0]
+
+
+def test_read_volumes_leaves_out_unlabelled_cases_and_passes_warnings_on(tmp_path):
+    case = make_case(tmp_path, label=np.zeros((16, 14, 6), np.uint8))
+    bare = layouts.Case("bare", "bare", 1, case.images, None)
+    volumes, problems = preprocess.read_volumes([bare, case], **OPTIONS)
+    assert [volume.name for volume in volumes] == ["case"]
+    assert "bare has no label" in problems[0] and "empty label" in problems[1]
+
+
+def test_coordinates_span_the_box():
+    body = np.zeros((5, 8, 1), bool)
+    body[1:4, 2:7] = True
+    c = preprocess.coordinates(body)
+    assert c.shape == (5, 8, 1, 3) and c.dtype == np.float32
+    np.testing.assert_allclose(c[:, 0, 0, 0], [-2, -1, 0, 1, 2])
+    np.testing.assert_allclose(c[0, [2, 4, 6], 0, 1], [-1, 0, 1])
+    assert not c[..., 2].any()
+    np.testing.assert_allclose(preprocess.coordinates(np.zeros((3, 2), bool))[:, 0, 0], [-1, 0, 1])
+
+
+def test_normalise_is_affine_invariant_monotone_and_unsaturated():
+    rng = np.random.default_rng(0)
+    image = rng.normal(100, 10, (1, 40, 40)).astype(np.float32)
+    image[0, 0, :5] = [200, 400, 800, 1600, 3200]
+    body = np.ones((40, 40), bool)
+    z = preprocess.normalise(image, np.array([True]), body)
+    assert (np.diff(z[0, 0, :5]) > 0).all() and z.max() < 12
+    np.testing.assert_allclose(z, preprocess.normalise(3 * image - 7, np.array([True]), body), atol=2e-3)
+    assert not preprocess.normalise(image, np.array([False]), body).any()
+    flat = preprocess.normalise(np.full_like(image, 4), np.array([True]), body)
+    assert not flat.any()
+
+
+def test_body_mask_of_stripped_noisy_and_filled_images():
+    yes = np.array([True])
+    x, y = np.meshgrid(np.linspace(-1, 1, 48), np.linspace(-1, 1, 48), indexing="ij")
+    disc = np.broadcast_to(x**2 + y**2 < 0.5, (4, 48, 48))
+    ring = disc & ~np.broadcast_to(x**2 + y**2 < 0.1, disc.shape)
+    rng = np.random.default_rng(0)
+    bright = rng.uniform(0.5, 1, disc.shape)
+    stripped = np.where(ring, bright, -3.5)
+    noisy = np.where(ring, 150 * bright, rng.uniform(0, 8, disc.shape))
+    for image in (stripped, noisy):
+        mask = preprocess.body_mask(image[None].astype(np.float32), yes)
+        assert (mask != disc).mean() < 0.02
+    filled = rng.normal(40, 10, disc.shape)
+    assert preprocess.body_mask(filled[None].astype(np.float32), yes).mean() > 0.95
+    speck = np.zeros(disc.shape)
+    speck[2, 20:23, 20:23] = 1
+    assert preprocess.body_mask(speck[None].astype(np.float32), yes).all()
+    # The union over modalities, and a missing one has no say.
+    halves = np.stack([np.where(x < 0, stripped, -3.5), np.where(x >= 0, stripped, -3.5)]).astype(np.float32)
+    assert (preprocess.body_mask(halves, np.array([True, True])) != disc).mean() < 0.02
+    assert not preprocess.body_mask(halves, np.array([True, False]))[:, 30:].any()
+
+
+def test_real_glioma_cases(data_root):
+    folder = data_root / "Dataset101_LowerGradeGlioma"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    names = ("T1", "FLAIR", "T1ce")
+    cases = layouts.find_cases("nnunet", folder, names)
+    incomplete = [case for case in cases if len(case.images) < 3]
+    options = {
+        **OPTIONS,
+        "modalities": names,
+        "label_map": ((0, 0), (1, 1)),
+        "classes": ("background", "lesion"),
+    }
+    volumes, problems = preprocess.read_volumes(cases[::6] + incomplete, **options)
+    assert len(volumes) == len(cases[::6]) + len(incomplete) and not problems
+    for volume in volumes:
+        assert volume.spacing == (5.0, 2.0, 2.0) and 0.25 < volume.body.mean() < 0.7
+        assert volume.label is not None
+        assert not ((volume.label > 0) & ~volume.body).any()
+        for m in range(3):
+            assert volume.image[m].any() == volume.present[m]
+    assert sum(not v.present.all() for v in volumes) >= 4
+
+
+def test_real_brats_floats(data_root):
+    folder = data_root / "brats13"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    names = ("FLAIR", "T1ce")
+    case = layouts.find_cases("brats", folder, names)[0]
+    with pytest.raises(UserError, match="label value"):
+        read(case, modalities=names, label_map=((0, 0), (1, 1), (4, 1)))
+    table = ((0, 0), (1, 1), (2, 2), (3, 1), (4, 2))
+    volume = read(case, modalities=names, label_map=table)
+    # Skull-stripped with a background of -3.5: the body is exactly what differs from it, up to holes.
+    raw = np.moveaxis(
+        np.asanyarray(nibabel.as_closest_canonical(nibabel.load(case.images["FLAIR"])).dataobj), 2, 0
+    )
+    brain = raw != raw[0, 0, 0]
+    assert (brain != volume.body).mean() < 0.01
+    assert volume.label is not None
+    assert np.mean(volume.body[volume.label > 0]) > 0.998
+
+
+def test_real_sarcoma_grids(data_root):
+    folder = data_root / "sarcoma_pet_ct_mr" / "STS_024"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    names = ("PET", "CT", "MR_T1")
+    images = {name: folder / f"{name}_image.nii.gz" for name in names}
+    volume_ml = {}
+    for reference in names:
+        case = layouts.Case("STS_024", "STS_024", 1, images, folder / f"{reference}_mask.nii.gz")
+        v = read(case, modalities=names, reference=reference)
+        scan = nibabel.load(images[reference])
+        assert v.body.shape == (scan.shape[2], scan.shape[0], scan.shape[1])
+        assert v.present.all() and v.image.any((1, 2, 3)).all() and v.label is not None
+        assert not ((v.label > 0) & ~v.body).any()
+        volume_ml[reference] = (v.label > 0).sum() * np.prod(v.spacing) / 1000
+        # The mask of another grid lands on the same tissue.
+        other = layouts.Case("STS_024", "STS_024", 1, images, folder / "CT_mask.nii.gz")
+        moved = read(other, modalities=names, reference=reference).label
+        assert moved is not None
+        both = ((moved > 0) & (v.label > 0)).sum()
+        assert 2 * both / ((moved > 0).sum() + (v.label > 0).sum()) > 0.8
+    assert max(volume_ml.values()) < 1.3 * min(volume_ml.values())

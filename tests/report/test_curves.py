@@ -1,0 +1,53 @@
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from entrust_jax.report import curves
+
+BINS = np.array([[100.0, 10.0, 12.0], [0.0, 0.0, 0.0], [50.0, 40.0, 30.0]])
+
+
+def test_reliability_draws_mean_confidence_against_accuracy():
+    picture = curves.reliability_figure({"before": BINS, "after": BINS * 0}, "title", {"before": "ECE 0.0800"})
+    before, after, counts = picture.axes[0], picture.axes[1], picture.axes[2]
+    observed = next(line for line in before.lines if line.get_label() == "observed")
+    np.testing.assert_allclose(observed.get_xydata(), [[0.1, 0.12], [0.8, 0.6]])  # the empty bin is left out
+    assert "ECE 0.0800" in before.get_title() and after.get_title() == "after"
+    assert [bar.get_height() for bar in counts.patches] == [100, 0, 50]
+
+
+def test_risk_coverage_draws_every_method_and_its_best_order():
+    line = (np.array([0.5, 1.0]), np.array([0.1, 0.3]))
+    picture = curves.risk_coverage_figure({"a": line, "b": line}, "title", {"a": line})
+    labels = [one.get_label() for one in picture.axes[0].lines]
+    assert {"a", "b", "a: best order"} <= set(labels) and "b: best order" not in labels
+    drawn = picture.axes[0].lines[labels.index("a")]
+    np.testing.assert_allclose(drawn.get_xydata(), np.stack(line, -1))
+    curves.risk_coverage_figure({}, "no case has a Dice", {})
+
+
+def test_save_writes_a_png_and_replaces_it_whole(tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"old")
+    curves.save(curves.reliability_figure({"only": BINS}, "title", {}), path)
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_mode & 0o044
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_save_leaves_the_old_picture_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"old")
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        curves.save(curves.reliability_figure({"only": BINS}, "title", {}), path)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_no_global_figures_are_left():
+    curves.reliability_figure({"only": BINS}, "title", {})
+    assert not matplotlib._pylab_helpers.Gcf.figs

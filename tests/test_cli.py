@@ -1,0 +1,133 @@
+"""Entry points as a person meets them: exit codes and one-line errors, in a process of their own."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from entrust_jax import cli
+
+PROGRAM = """
+import json, os, signal, sys
+from absl import flags
+from entrust_jax import cli
+from entrust_jax.errors import UserError
+
+flags.DEFINE_string("out", None, "where to")
+config = cli.config_flag()
+
+def main(argv):
+    if "mistake" in argv:
+        raise UserError("scan.nii.gz: is truncated;\\n   copy it again")
+    if "bug" in argv:
+        raise RuntimeError("a bug")
+    if "interrupt" in argv:
+        os.kill(os.getpid(), signal.SIGINT)
+    if "devices" in argv:
+        cli.setup_devices(at_most=int(argv[2]) if len(argv) > 2 else None)
+        import jax
+        print(json.dumps([jax.device_count(), jax.config.jax_compilation_cache_dir]))
+        return
+    value = config.value
+    print(json.dumps([argv[1:], value.to_dict() if value is not None else None], sort_keys=True))
+
+cli.run(main, required=("out",))
+"""
+
+CONFIG = """
+from ml_collections import ConfigDict
+from entrust_jax.errors import UserError
+
+def get_config(arg=""):
+    if arg == "bug":
+        raise AttributeError("a bug in the config")
+    if arg:
+        raise UserError(f"config.py:{arg}: no such variant; there is none")
+    return ConfigDict({"name": "x", "data": {"modalities": ("A",), "patch": 4}, "rate": 0.1})
+"""
+
+
+@pytest.fixture(scope="module")
+def call(tmp_path_factory, repository):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "program.py").write_text(PROGRAM)
+    (folder / "config.py").write_text(CONFIG)
+
+    def run(*arguments, **environment):
+        inherited = {
+            k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")
+        }
+        return subprocess.run(
+            [sys.executable, "program.py", *arguments],
+            cwd=folder,
+            env=inherited | {"PYTHONPATH": str(repository)} | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--out=o", "mistake"], ["scan.nii.gz: is truncated; copy it again"]),
+        ([], ["--out", "missing"]),
+        (["--out=o", "--outt=3"], ["outt", "Did you mean: out"]),
+        (["--out=o", "--config=absent.py"], ["absent.py", "no such config file"]),
+        (["--out=o", "--config=config.py", "--config.data.patchh=1"], ["data.patchh", '"patch"']),
+        (["--out=o", "--config=config.py", "--config.data.patch=many"], ["data.patch", "many"]),
+        (["--out=o", "--config=config.py:odd"], ["config.py:odd", "no such variant"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(call, arguments, words):
+    done = call(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["bug"], ["--config=config.py:bug"]])
+def test_a_bug_keeps_its_traceback(call, arguments):
+    done = call("--out=o", *arguments)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "a bug" in done.stderr
+
+
+def test_overrides_and_positional_arguments_reach_main(call):
+    done = call("--out=o", "--config=config.py", "--config.data.patch=8", "--config.rate=1e-3", "T1=a.nii.gz")
+    assert done.returncode == 0, done.stderr
+    value = '[["T1=a.nii.gz"], {"data": {"modalities": ["A"], "patch": 8}, "name": "x", "rate": 0.001}]'
+    assert done.stdout.strip() == value
+    assert done.stderr == ""
+
+
+def test_interrupt_gives_130(call):
+    done = call("--out=o", "interrupt")
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+
+
+def test_help_is_no_failure(call):
+    done = call("--help")
+    assert done.returncode == 0
+    assert "where to" in done.stdout
+
+
+def test_one_device_per_core_and_a_cache(call, tmp_path):
+    done = call("--out=o", "devices", ENTRUST_CACHE=str(tmp_path))
+    assert done.stdout.strip() == f'[{cli.cores()}, "{tmp_path / "xla"}"]'
+    done = call("--out=o", "devices", "1", ENTRUST_CACHE=str(tmp_path))
+    assert done.stdout.startswith("[1, ")
+    done = call("--out=o", "devices", XLA_FLAGS="--xla_force_host_platform_device_count=3")
+    assert done.stdout.startswith("[3, ")
+
+
+def test_default_workdir():
+    assert str(cli.default_workdir(SimpleNamespace(name="glioma"))) == "runs/glioma"

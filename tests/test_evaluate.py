@@ -1,0 +1,331 @@
+"""The evaluation end to end on made-up predictions: no network, no files but the results."""
+
+import csv
+import json
+import types
+
+import numpy as np
+import pytest
+
+from entrust_jax import errors
+from entrust_jax.metrics import calibration, summary
+
+evaluate = pytest.importorskip("entrust_jax.evaluate", reason="entrust_jax.api is not there")
+
+SHAPE = (4, 32, 32)
+TARGETS = summary.Targets(("background", "core", "rim"), {"whole": (1, 2)})
+
+
+def volume(i, patient=None):
+    rng = np.random.default_rng(i)
+    z, x, y = np.indices(SHAPE)
+    centre = 12 + 8 * rng.random(2)
+    r = np.hypot(x - centre[0], y - centre[1]) + 0 * z
+    label = np.where(r < 4, 1, np.where(r < 7, 2, 0)).astype(np.int32)
+    label[0, 0, :3] = -1
+    return types.SimpleNamespace(
+        name=f"case{i}",
+        patient=patient or f"patient{i}",
+        number=i,
+        label=label,
+        body=np.ones(SHAPE, bool),
+        spacing=(3.0, 1.0, 1.0),
+    )
+
+
+def predict(case, sharpness=1.0, conflict=True, hypotheses=True):
+    """The exact posterior of labels seen through noise; before calibration `sharpness` times too sharp."""
+    rng = np.random.default_rng(case.number + 1000)
+    true = np.maximum(case.label, 0)
+    prior = np.bincount(true.ravel(), minlength=3) / true.size + 1e-3
+    seen = 2.0 * np.eye(3)[true] + rng.normal(size=(*SHAPE, 3))
+    logits = 2.0 * seen + np.log(prior)
+
+    def softmax(values):
+        values = np.exp(values - values.max(-1, keepdims=True))
+        return (values / values.sum(-1, keepdims=True)).astype(np.float32)
+
+    p = softmax(logits)
+    label = p.argmax(-1).astype(np.uint8)
+    entropy = -(p * np.log(p)).sum(-1)
+    found = {
+        "label": label,
+        "probability": p,
+        "probability_raw": softmax(sharpness * logits),
+        "error_probability": 1 - p.max(-1),
+        "entropy": entropy,
+        "predicted_dice": 0.9,
+        "seconds": 0.25,
+    }
+    if hypotheses:
+        drawn = (rng.random((5, *SHAPE, 1)) > np.cumsum(p, -1)[None]).sum(-1)
+        found["hypotheses"] = np.minimum(drawn, 2).astype(np.uint8)
+        found["mean"] = p
+        found["gap"] = np.full(SHAPE, 0.05, np.float32)
+    if conflict:
+        found["conflict"] = (rng.random(SHAPE) < 0.3).astype(np.float32)
+        found["one_step"] = p
+        found["divergence"] = (0.1 * entropy + 0.05 * found["conflict"]).astype(np.float32)
+    return found
+
+
+def scores(count=11, **options):
+    found = []
+    for i in range(count):
+        case = volume(i)
+        found.append(evaluate.score_predictions({"m": predict(case, **options)}, {"m": case}, TARGETS)["m"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return scores()
+
+
+@pytest.fixture(scope="module")
+def sharp():
+    return scores(sharpness=3.0, conflict=False, hypotheses=False)
+
+
+def test_a_perfect_prediction_gets_perfect_scores():
+    case = volume(0)
+    certain = np.eye(3, dtype=np.float32)[np.maximum(case.label, 0)]
+    prediction = {
+        "label": np.maximum(case.label, 0).astype(np.uint8),
+        "probability": certain,
+        "probability_raw": certain,
+        "error_probability": np.zeros(SHAPE, np.float32),
+        "entropy": np.zeros(SHAPE, np.float32),
+        "seconds": 1.0,
+    }
+    scored = evaluate.score_predictions({"m": prediction}, {"m": case}, TARGETS)["m"]
+    found = summary.summarise([scored], TARGETS)
+    assert found["dice"]["value"] == 1 and found["hd95"]["value"] == 0
+    assert found["ece_classwise_roi"]["after"]["value"] == 0
+    assert found["nll"]["after"]["value"] == 0 and found["brier"]["before"]["value"] == 0
+    assert found["aurc"]["value"] == 0
+    assert found["error_auroc"]["value"] is None  # no error to find
+    assert "hypothesis_diversity" not in found and "conflict_alignment" not in found
+    assert "predicted_dice_mae" not in found
+
+
+def test_figures_of_many_patients(plain):
+    found = summary.summarise(plain, TARGETS, resamples=200)
+    required = ["dice", "hd95", "error_auroc", "error_auprc", "aurc", "predicted_dice_mae"]
+    required += ["hypothesis_diversity", "hypothesis_dice", "seconds_per_case", "entropy_auroc"]
+    for key in required:
+        low, high = found[key]["ci95"]
+        assert low <= found[key]["value"] <= high and found[key]["n"] == 11
+    for key in ("ece_classwise_roi", "ece_classwise_body", "nll", "brier"):
+        assert set(found[key]) == {"before", "after"}
+        assert found[key]["before"] == found[key]["after"]  # sharpness 1: the calibration changed nothing
+    assert set(found["dice_by_group"]) == {"core", "rim", "whole"}
+    assert found["dice"]["value"] == pytest.approx(np.mean([one.values["dice/whole"] for one in plain]))
+    assert found["error_auroc"]["value"] > 0.7
+    assert found["error_auprc"]["value"] > found["error_auprc"]["prevalence"] > 0
+    assert found["conflict_alignment"]["value"] == pytest.approx(0.05, abs=0.01)
+    assert found["conflict_alignment"]["stratified_by"] == ["one-step entropy", "border distance"]
+    gaps = [abs(0.9 - one.values["dice_by_class"]) for one in plain]
+    assert found["predicted_dice_mae"]["value"] == pytest.approx(np.mean(gaps))
+    assert found["tower"]["gap"]["value"] == pytest.approx(0.05) and found["tower"]["holds"]
+
+
+def test_too_sharp_probabilities_are_worse_before_calibration(sharp):
+    found = summary.summarise(sharp, TARGETS, resamples=50)
+    for key in ("ece_classwise_roi", "nll", "brier"):
+        assert found[key]["before"]["value"] > found[key]["after"]["value"]
+
+
+def test_pooled_figures_equal_those_of_all_voxels_together(plain):
+    p, y, inside = [], [], []
+    for i in range(len(plain)):
+        case = volume(i)
+        p.append(predict(case)["probability"])
+        y.append(case.label)
+        inside.append(calibration.region_of_interest([p[-1][..., 0]]))
+    p, y, inside = np.stack(p), np.stack(y), np.stack(inside)
+    found = summary.summarise(plain, TARGETS, resamples=50)
+    whole = calibration.classwise_ece(calibration.class_bins(p, y, inside))
+    assert found["ece_classwise_roi"]["after"]["value"] == pytest.approx(whole)
+    total, count = calibration.nll(p, y, inside)
+    assert found["nll"]["after"]["value"] == pytest.approx(total / count)
+    per_patient = [calibration.classwise_ece(calibration.class_bins(p[i], y[i], inside[i])) for i in range(11)]
+    assert found["ece_classwise_roi_per_patient"]["after"]["value"] == pytest.approx(np.mean(per_patient))
+
+
+def test_two_scans_of_a_patient_count_once():
+    cases = [volume(0, "same"), volume(1, "same"), volume(2)]
+    own = [evaluate.score_predictions({"m": predict(c)}, {"m": c}, TARGETS)["m"] for c in cases]
+    found = summary.summarise(own, TARGETS)
+    dice = [one.values["dice"] for one in own]
+    assert found["dice"]["n"] == 2
+    assert found["dice"]["value"] == pytest.approx(((dice[0] + dice[1]) / 2 + dice[2]) / 2)
+    assert found["conflict_alignment"]["n"] == 2
+
+
+def test_dice_that_a_prediction_estimates_counts_empty_classes_as_right():
+    case = volume(0)
+    case.label = np.where(case.label == 1, 1, 0).astype(np.int32)  # class 2 is nowhere
+    prediction = predict(case)
+    prediction["label"] = case.label.astype(np.uint8)
+    scored = evaluate.score_predictions({"m": prediction}, {"m": case}, TARGETS)["m"]
+    assert np.isnan(scored.values["dice/rim"])
+    assert scored.values["dice_by_class"] == 1 and scored.values["predicted_dice_error"] == pytest.approx(0.1)
+
+
+def test_a_gap_above_its_bound_fails_the_tower_check():
+    p = np.full((10, 2), 0.5, np.float32)
+    body = np.ones(10, bool)
+    gap, bound, count = summary.tower_sums(np.full(10, 0.3, np.float32), p, body, 16)
+    assert count == 10 and gap / count == pytest.approx(0.3)
+    assert bound / count == pytest.approx(0.92 * 0.5 / 4 + 0.02)
+    assert summary.tower_sums(np.ones(10, np.float32), p * 0 + np.float32([0.95, 0.05]), body, 16)[2] == 0
+
+
+def test_roi_is_shared_by_the_methods():
+    case = volume(0)
+    narrow, wide = predict(case), predict(case)
+    wide["probability"] = np.full_like(wide["probability"], 1 / 3)
+    alone = evaluate.score_predictions({"a": dict(narrow)}, {"a": case}, TARGETS)["a"]
+    both = evaluate.score_predictions({"a": narrow, "b": wide}, {"a": case, "b": case}, TARGETS)
+    known = (case.label >= 0).sum()
+    assert both["a"].values["roi_voxels"] == both["b"].values["roi_voxels"] == known
+    assert alone.values["roi_voxels"] <= known
+
+
+def test_roi_does_not_know_the_truth():
+    case = volume(0)
+    blind = predict(case)
+    for key in ("probability", "probability_raw"):
+        blind[key] = np.broadcast_to(np.float32([1, 0, 0]), (*SHAPE, 3)).copy()
+    blind["label"] = np.zeros(SHAPE, np.uint8)
+    scored = evaluate.score_predictions({"m": blind}, {"m": case}, TARGETS)["m"]
+    assert scored.values["roi_voxels"] == 0
+    found = summary.summarise([scored], TARGETS)
+    assert found["ece_classwise_roi"]["after"]["value"] is None
+    assert found["ece_classwise_body"]["after"]["value"] > 0
+    assert found["hd95"]["value"] is None and found["hd95"]["empty"] == 1 and found["dice"]["value"] == 0
+
+
+def test_comparison_is_paired(plain, sharp):
+    found = summary.compare({"ours": sharp, "other": plain}, resamples=200)
+    assert found["reference"] == "ours"
+    same = found["differences"]["other"]["dice"]  # the same masks
+    assert same["value"] == 0 and same["ci95"] == [0, 0] and same["p"] is None
+    ece = found["differences"]["other"]["ece_classwise_roi/before"]
+    assert ece["ci95"][1] < 0 and ece["p_holm"] < 0.05 and ece["rank_biserial"] == -1
+    assert "hypothesis_diversity" not in found["differences"]["other"]  # one method has no hypotheses
+    assert found["differences"]["other"]["aurc"]["p"] is None
+    table = summary.comparison_table(found)
+    lines = table.strip().splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert any(line.startswith("| hypothesis_diversity") for line in lines)
+    with pytest.raises(ValueError, match="different cases"):
+        summary.compare({"a": plain, "b": plain[:-1]})
+
+
+def test_results_of_one_method_are_written(tmp_path, plain):
+    about = {"data": "phantom", "split": "test", "command": "c", "code_version": None}
+    output = tmp_path / "W" / "evaluation"
+    with evaluate.replaced_folder(output) as folder:
+        evaluate.write_results(folder, {"m": plain}, TARGETS, about, {"m": "W"}, resamples=50)
+        assert not output.exists()
+    assert sorted(one.name for one in output.iterdir()) == [
+        "cases.csv",
+        "reliability.png",
+        "risk_coverage.png",
+        "summary.json",
+    ]
+    found = json.loads((output / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert found["dice"]["n"] == 11 and found["about"]["conventions"]["roi"]
+    assert found["peak_memory_mb"]["value"] > 50
+    with (output / "cases.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["case"] for row in rows] == [f"case{i}" for i in range(11)]
+    assert float(rows[3]["dice"]) == pytest.approx(plain[3].values["dice"])
+    assert float(rows[3]["ece_classwise_roi/after"]) > 0 and float(rows[3]["error_auroc"]) > 0.5
+    evaluate.check_output(output)  # may be replaced
+
+
+def test_results_of_several_methods_are_written(tmp_path, plain, sharp):
+    about = {"data": "phantom", "split": "test"}
+    evaluate.write_results(tmp_path, {"a": plain, "b": sharp}, TARGETS, about, {"a": "A", "b": "B"}, resamples=30)
+    assert (tmp_path / "a" / "summary.json").is_file() and (tmp_path / "b" / "cases.csv").is_file()
+    assert (tmp_path / "comparison.md").read_text().count("\n|") > 8
+    assert json.loads((tmp_path / "comparison.json").read_text())["reference"] == "a"
+    assert (tmp_path / "risk_coverage.png").is_file()
+
+
+def test_a_failure_keeps_the_earlier_results(tmp_path):
+    output = tmp_path / "evaluation"
+    output.mkdir()
+    (output / "summary.json").write_text("old")
+    with pytest.raises(RuntimeError), evaluate.replaced_folder(output) as folder:
+        (folder / "summary.json").write_text("new")
+        raise RuntimeError
+    assert (output / "summary.json").read_text() == "old"
+    assert [one.name for one in tmp_path.iterdir()] == ["evaluation"]
+    with evaluate.replaced_folder(output) as folder:
+        (folder / "comparison.json").write_text("new")
+    assert [one.name for one in output.iterdir()] == ["comparison.json"]
+    assert [one.name for one in tmp_path.iterdir()] == ["evaluation"]
+
+
+def test_a_folder_of_other_files_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(errors.UserError, match="other files"):
+        evaluate.check_output(tmp_path)
+    with pytest.raises(errors.UserError, match="file"):
+        evaluate.check_output(tmp_path / "thesis.tex")
+    evaluate.check_output(tmp_path / "new")
+
+
+def test_mistakes_are_explained():
+    with pytest.raises(errors.UserError, match="no labelled case"):
+        evaluate.check_same_cases({"a": []}, "test")
+    with pytest.raises(errors.UserError, match=r"2 in one only: x, z"):
+        evaluate.check_same_cases({"a": ["x", "y"], "b": ["y", "z"]}, "test")
+    evaluate.check_same_cases({"a": ["x"], "b": ["x"]}, "test")
+
+    def config(*classes):
+        data = {"classes": classes, "regions": {"whole": (1,)}}
+        return types.SimpleNamespace(data=types.SimpleNamespace(**data, get=data.get))
+
+    assert evaluate.common_targets({"a": config("bg", "x")}).headline() == ["whole"]
+    with pytest.raises(errors.UserError, match="classes"):
+        evaluate.common_targets({"a": config("bg", "x"), "b": config("bg", "y")})
+
+
+def test_flow_with_a_made_up_model(tmp_path, monkeypatch, capsys):
+    cases = [volume(1), volume(0)]
+    unlabelled = volume(2)
+    unlabelled.label = None
+    data = {"classes": TARGETS.classes, "regions": dict(TARGETS.regions), "dir": "D"}
+    config = types.SimpleNamespace(data=types.SimpleNamespace(**data, get=data.get))
+
+    def load(workdir):
+        return types.SimpleNamespace(
+            name=workdir.name, config=config, splits={"train": ["case1"], "test": []}, rung="identity"
+        )
+
+    monkeypatch.setattr(evaluate.cli, "setup_devices", lambda: None)  # the tests' devices stay
+    monkeypatch.setattr(evaluate.api, "load", load)
+    monkeypatch.setattr(evaluate.api, "read_cases", lambda *_: ([*cases, unlabelled], ["case9: unreadable"]))
+    monkeypatch.setattr(evaluate.api, "predict_volume", lambda trained, case: predict(case))
+    flags = types.SimpleNamespace(
+        workdir=[str(tmp_path / "A"), str(tmp_path / "B")], data_dir=None, split="all", output=None
+    )
+    monkeypatch.setattr(evaluate, "FLAGS", flags)
+    evaluate.main([])
+    printed = capsys.readouterr().out
+    assert (
+        "A: case9: unreadable" in printed
+        and "left out: case2" in printed
+        and "2/2 case1" in printed
+        and "had a part in training" in printed
+    )
+    found = json.loads((tmp_path / "A" / "comparison" / "comparison.json").read_text())
+    assert found["differences"]["B"]["dice"]["value"] == 0
+    assert found["trained_on"]["A"] == ["case1"]
+    with pytest.raises(errors.UserError, match="twice"):
+        evaluate.load_methods([tmp_path / "A", tmp_path / "A"])

@@ -1,0 +1,132 @@
+"""Causes by their order of precedence; records and sentences of a synthetic scan."""
+
+import json
+
+import numpy as np
+
+from entrust_jax.trustmap import explanation
+from entrust_jax.trustmap.explanation import cause, records, sentence
+
+SHAPE = (4, 12, 12)
+MODALITIES, CLASSES = ("T1", "FLAIR", "T1ce"), ("background", "lesion")
+
+
+def scan():
+    """One conflict of 2 x 4 x 4 voxels (FLAIR lesion, T1 background), one dim blob of 8, one speck of 2."""
+    error = np.zeros(SHAPE, np.float32)
+    conflict = (slice(1, 3), slice(2, 6), slice(2, 6))
+    dim = (slice(0, 2), slice(9, 11), slice(9, 11))
+    error[conflict], error[dim], error[3, 0, 0:2] = 0.4, 0.3, 0.9
+    error[2, 4, 4] = 0.7
+    label = np.zeros(SHAPE, np.uint8)
+    label[conflict] = 1
+    support = np.zeros((3, *SHAPE, 2), np.float32)
+    support[(1, *conflict, 1)], support[(0, *conflict, 0)] = 0.9, 0.6
+    pairs = np.zeros((3, *SHAPE), np.float32)
+    pairs[(0, *conflict)] = 0.54
+    attribution = np.zeros((3, *SHAPE), np.float32)
+    attribution[(0, *conflict)], attribution[(1, *conflict)], attribution[(2, *conflict)] = -0.4, 0.9, -5.0
+    counterfactual = np.stack([0 * label, label, label])
+    return error, label, support, pairs, attribution, counterfactual
+
+
+def run(present=(True, True, False), **changes):
+    error, label, support, pairs, attribution, counterfactual = scan()
+    here = np.array(present)
+    codes = cause(error, pairs.max(0), support, np.full(SHAPE, 9.0), np.ones(SHAPE, bool), here)
+    arguments = {
+        "cause": codes,
+        "conflict_pairs": pairs,
+        "support": support,
+        "attribution": attribution,
+        "counterfactual": counterfactual,
+    } | changes
+    return records(error, label, (5.0, 1.0, 2.0), MODALITIES, CLASSES, here, **arguments)
+
+
+def test_cause_precedence():
+    shape = (1, 1, 7)
+    kappa = np.array([0.5, 0.5, 0.0, 0.0, 0.0, 0.5, 0.5]).reshape(shape)
+    support = np.zeros((2, *shape, 2))
+    support[0, 0, 0, :, 1] = [0.9, 0.05, 0.05, 0.9, 0.9, 0.9, 0.9]
+    distance = np.array([1, 1, 1, -1.5, 5, 1, 1.0]).reshape(shape)
+    body = np.array([1, 1, 1, 1, 1, 0, 1], bool).reshape(shape)
+    error = np.array([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.01]).reshape(shape)
+    both = cause(error, kappa, support, distance, body, np.array([True, True]))
+    assert both.ravel().tolist() == [2, 2, 3, 4, 5, 0, 0]
+    lacking = cause(error, kappa, support, distance, body, np.array([True, False]))
+    assert lacking.ravel().tolist() == [2, 1, 1, 4, 5, 0, 0]
+    # what an absent modality would have said does not count
+    support[1] = 0.9
+    assert cause(error, kappa, support, distance, body, np.array([True, False])).ravel().tolist() == [
+        2,
+        1,
+        1,
+        4,
+        5,
+        0,
+        0,
+    ]
+
+
+def test_records_of_a_scan():
+    found = run()
+    # sorted by expected errors; the speck of two voxels is no region
+    assert [r["voxels"] for r in found] == [32, 8]
+    first, second = found
+    assert first["place"] == {"slice": 2, "row": 4, "column": 4} or first["place"]["slice"] in (1, 2)
+    np.testing.assert_allclose(first["volume_ml"], 32 * 0.01)
+    np.testing.assert_allclose(first["expected_error_ml"], (31 * 0.4 + 0.7) * 0.01, rtol=1e-5)
+    np.testing.assert_allclose(
+        [first["mean_error"], first["max_error"]], [(31 * 0.4 + 0.7) / 32, 0.7], rtol=1e-5
+    )
+    assert first["cause"] == "conflict" and first["delivered"] == "lesion" and first["missing"] == ["T1ce"]
+    assert first["pair"]["modalities"] == ["T1", "FLAIR"]
+    assert first["votes"]["T1"]["class"] == "background" and first["votes"]["FLAIR"]["class"] == "lesion"
+    np.testing.assert_allclose(first["votes"]["FLAIR"]["strength"], 0.9, rtol=1e-5)
+    # the absent T1ce has the smallest phi and must not be blamed
+    assert first["blame"] == "T1" and set(first["attribution"]) == {"T1", "FLAIR"}
+    assert first["counterfactual"]["T1"] == {"region_ml": 0.0, "total_ml": 0.0}
+    np.testing.assert_allclose(first["counterfactual"]["FLAIR"]["region_ml"], 0.32)
+    assert (
+        second["cause"] == "missing input" and second["delivered"] == "background" and second["pair"] is None
+    )
+    assert second["votes"]["T1"]["class"] is None
+    json.dumps(found)
+
+
+def test_sentences_say_what_the_record_holds():
+    first, second = run()
+    text = sentence(first)
+    for part in (
+        "0.32 ml",
+        "41 %",
+        "70 %",
+        "T1 and FLAIR contradict each other",
+        "FLAIR shows lesion (0.90)",
+    ):
+        assert part in text
+    assert "T1 argues most against the delivered label (-0.40 nats)" in text
+    assert "0.00 ml if only T1 is right" in text
+    assert "T1ce is missing" in sentence(second)
+    complete = run(present=(True, True, True))
+    assert complete[0]["blame"] == "T1ce" and "no scan shows anything clear" in sentence(complete[1])
+
+
+def test_records_without_conflict_maps_and_limits():
+    plain = run(cause=None, conflict_pairs=None, support=None, attribution=None, counterfactual=None)
+    assert len(plain) == 2 and "votes" not in plain[0] and "Reason" not in sentence(plain[0])
+    assert len(run(largest=1)) == 1 and [r["voxels"] for r in run(threshold=0.35)] == [32]
+    assert run(threshold=0.95) == []
+    alone = run(present=(False, True, False))
+    assert alone[0]["blame"] is None and alone[0]["pair"] is None
+    assert sentence(alone[1]).count("T1 and T1ce are missing") == 1
+
+
+def test_components_are_three_dimensional():
+    error = np.zeros((3, 4, 4), np.float32)
+    for d in range(3):
+        error[d, d : d + 2, d : d + 2] = 0.5
+    found = records(error, np.zeros((3, 4, 4), np.uint8), (1.0, 1.0, 1.0), ("T1",), CLASSES, np.array([True]))
+    assert [r["voxels"] for r in found] == [12]
+    assert explanation.CAUSES[explanation.CONFLICT] == "conflict"
