@@ -3,17 +3,20 @@
     python -m entrust_jax.train --config=configs/brats.py --config.data.dir=FOLDER   (accelerators; not run here)
     python -m entrust_jax.train --config=configs/brats.py:demo                       (built-in phantom, two CPU cores)
 
-The folder holds one folder a case, BraTS 2020 / 2021 (NAME_t1.nii.gz ...) or 2023 (NAME-t1n.nii.gz ...) names. In the 2023
-layout ET has the value 3: --config.data.label_map="((0,0),(1,1),(2,2),(3,3))". BraTS 2013 as redistributed has four tumour
-values: --config.data.label_map="((0,0),(1,1),(2,2),(3,1),(4,3))".
+The folder holds one folder a case, BraTS 2020 / 2021 (NAME_t1.nii.gz ...) or 2023 (NAME-t1n.nii.gz ...) names. In the
+2023 layout ET has the value 3: --config.data.label_map="((0,0),(1,1),(2,2),(3,3))". BraTS 2013 as redistributed has
+four tumour values: --config.data.label_map="((0,0),(1,1),(2,2),(3,1),(4,3))".
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import common
+from entrust_jax.errors import UserError
 
 
-def get_config(arg: str = "") -> ConfigDict:
+def get_config(arg: str = "") -> Any:
     config = common.get_config()
     config.name = "brats" + (f"_{arg}" if arg else "")
     config.data.update(
@@ -38,18 +41,18 @@ def get_config(arg: str = "") -> ConfigDict:
         config.data.layout = "phantom"
         config.data.patch = (64, 64)
         config.data.phantom = ConfigDict(
-            dict(
-                cases=(384, 24, 16, 16),  # train, val, calibration, test
-                size=(64, 64),
-                depth=4,
-                sites=3,
-                prior=0.5,
-                reliability=(0.8, 0.95, 0.8, 0.9),
-                ignorance=(0.2, 0.1, 0.2, 0.1),
-                radius=7.0,
-                jitter=1.0,
-                variant="brain",
-            )
+            {
+                "cases": (384, 24, 16, 16),  # train, val, calibration, test
+                "size": (64, 64),
+                "depth": 4,
+                "sites": 3,
+                "prior": 0.5,
+                "reliability": (0.8, 0.95, 0.8, 0.9),
+                "ignorance": (0.2, 0.1, 0.2, 0.1),
+                "radius": 7.0,
+                "jitter": 1.0,
+                "variant": "brain",
+            }
         )
         config.data.augment = False  # the phantom's law is exact as it is
         config.model.update(widths=(16, 32, 32), d_c=16, d_u=8, space_to_depth=2)
@@ -60,5 +63,5 @@ def get_config(arg: str = "") -> ConfigDict:
             learning_rate=2e-3, ema=0.995, log_every=10, eval_every=100, val_slices=32, head_steps=300,
         )  # fmt: skip
     elif arg:
-        raise ValueError(f"brats has no variant {arg!r}; leave it out or use 'demo'")
+        raise UserError(f"brats has no variant {arg!r}; leave it out or use 'demo'")
     return config.lock()

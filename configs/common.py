@@ -3,68 +3,71 @@
 Durations are in optimiser steps. Every value can be set on the command line: --config.train.batch=4.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
-    config = ConfigDict()
+def get_config() -> Any:
+    """A ConfigDict without data set; its attributes are of any type, hence the annotation."""
+    config: Any = ConfigDict()
     config.name = ""
     config.method = "entrust"  # or 'unet', 'deep_ensemble': baselines under the same trainer
     config.seed = 0
 
     config.data = ConfigDict(
-        dict(
-            layout="nnunet",
-            dir="",
-            source="",  # where a person gets the data
-            modalities=(),
-            reference="",  # the modality whose grid is used
-            classes=(),
-            label_map=((0, 0), (1, 1)),  # (value in the file, class index)
-            patch=(96, 96),
-            foreground_share=0.5,  # of the training patches, centred on foreground (undone by weights in the loss)
-            augment=True,
-            split=dict(seed=0, folds=5, fold=0, test_pattern=""),
-        )
+        {
+            "layout": "nnunet",
+            "dir": "",
+            "source": "",  # where a person gets the data
+            "modalities": (),
+            "reference": "",  # the modality whose grid is used
+            "classes": (),
+            "label_map": ((0, 0), (1, 1)),  # (value in the file, class index)
+            "patch": (96, 96),
+            "foreground_share": 0.5,  # of the training patches, centred on foreground (undone by weights in the loss)
+            "augment": True,
+            "split": {"seed": 0, "folds": 5, "fold": 0, "test_pattern": ""},
+        }
     )
     config.data.regions = ConfigDict({})
 
     config.model = ConfigDict(
-        dict(
-            widths=(16, 32, 48, 64),
-            d_c=16,
-            d_u=8,
-            space_to_depth=2,
-            head_dropout=0.2,
-        )
+        {
+            "widths": (16, 32, 48, 64),
+            "d_c": 16,
+            "d_u": 8,
+            "space_to_depth": 2,
+            "head_dropout": 0.2,
+        }
     )
     config.diffusion = ConfigDict(
-        dict(
-            b=0.1,  # scale of the one-hot masks: 2.5 / sqrt(2 n) for structures of n pixels
-            lambda_min=-12.0,
-            lambda_max=8.5,
-            steps=8,
-            hypotheses=16,
-            sampler="ddim",
-            eta_min=0.2,
-        )
+        {
+            "b": 0.1,  # scale of the one-hot masks: 2.5 / sqrt(2 n) for structures of n pixels
+            "lambda_min": -12.0,
+            "lambda_max": 8.5,
+            "steps": 8,
+            "hypotheses": 16,
+            "sampler": "ddim",
+            "eta_min": 0.2,
+        }
     )
     config.train = ConfigDict(
-        dict(
-            batch=8,
-            enfuse_steps=600,
-            segdiff_steps=1500,
-            unet_steps=2100,
-            draws=2,  # noise levels trained per encoded slice
-            learning_rate=2e-3,
-            weight_decay=1e-4,
-            ema=0.995,
-            log_every=10,
-            eval_every=100,
-            val_slices=64,
-            calibration_slices=8,  # per calibration case
-            head_steps=500,
-        )
+        {
+            "batch": 8,
+            "enfuse_steps": 600,
+            "segdiff_steps": 1500,
+            "unet_steps": 2100,
+            "draws": 2,  # noise levels trained per encoded slice
+            "learning_rate": 2e-3,
+            "weight_decay": 1e-4,
+            "ema": 0.995,
+            "log_every": 10,
+            "eval_every": 100,
+            "val_slices": 64,
+            "calibration_slices": 8,  # per calibration case
+            "head_steps": 500,
+        }
     )
-    config.unet = ConfigDict(dict(widths=(16, 32, 48, 64), dice=0.0, members=5))
+    config.unet = ConfigDict({"widths": (16, 32, 48, 64), "dice": 0.0, "members": 5})
     return config

@@ -7,12 +7,15 @@ TCGA-LGG scans with the masks of Buda et al. 2019 (research use only). Train on 
 --config.data.split.test_pattern=LGG_CS. Time on two CPU cores and score: see README.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import common
+from entrust_jax.errors import UserError
 
 
-def get_config(arg: str = "") -> ConfigDict:
+def get_config(arg: str = "") -> Any:
     config = common.get_config()
     config.name = "glioma" + (f"_{arg}" if arg else "")
     config.data.update(
@@ -29,7 +32,9 @@ def get_config(arg: str = "") -> ConfigDict:
         config.data.patch = (128, 128)
         config.model.update(widths=(32, 64, 128, 128), d_c=32, d_u=16, space_to_depth=1)
         config.unet.widths = (32, 64, 128, 128)
-        config.train.update(batch=32, enfuse_steps=5000, segdiff_steps=20000, unet_steps=25000, ema=0.999, learning_rate=5e-4)
+        config.train.update(
+            batch=32, enfuse_steps=5000, segdiff_steps=20000, unet_steps=25000, ema=0.999, learning_rate=5e-4
+        )
     elif arg:
-        raise ValueError(f"glioma has no variant {arg!r}; leave it out or use 'gpu'")
+        raise UserError(f"glioma has no variant {arg!r}; leave it out or use 'gpu'")
     return config.lock()

@@ -6,14 +6,17 @@ Where the readers contradict each other Bayes gives .89 to the reliable one; ave
 entropy" .5.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import common
+from entrust_jax.errors import UserError
 
 
-def get_config(arg: str = "") -> ConfigDict:
+def get_config(arg: str = "") -> Any:
     if arg:
-        raise ValueError(f"phantom has no variant {arg!r}")
+        raise UserError(f"phantom has no variant {arg!r}; leave it out")
     config = common.get_config()
     config.name = "phantom"
     config.data.update(
@@ -27,18 +30,18 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.data.regions = ConfigDict({"lesion": (1,)})
     config.data.phantom = ConfigDict(
-        dict(
-            cases=(4096, 128, 64, 128),
-            size=(48, 48),
-            depth=1,
-            sites=3,
-            prior=0.5,
-            reliability=(0.95, 0.7),
-            ignorance=(0.1, 0.1),
-            radius=4.5,
-            jitter=1.0,
-            variant="binary",
-        )
+        {
+            "cases": (4096, 128, 64, 128),
+            "size": (48, 48),
+            "depth": 1,
+            "sites": 3,
+            "prior": 0.5,
+            "reliability": (0.95, 0.7),
+            "ignorance": (0.1, 0.1),
+            "radius": 4.5,
+            "jitter": 1.0,
+            "variant": "binary",
+        }
     )
     config.model.update(widths=(16, 32, 32), space_to_depth=1)
     config.unet.widths = (16, 32, 32)

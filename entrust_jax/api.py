@@ -121,7 +121,9 @@ def load(workdir: Path | str) -> Trained:
     restored = checkpoint.restore_best(manager, abstract)
     manager.close()
     if restored is None:
-        raise UserError(f"{workdir}/checkpoints/best: holds no checkpoint; run the same train command again, it goes on")
+        raise UserError(
+            f"{workdir}/checkpoints/best: holds no checkpoint; run the same train command again, it goes on"
+        )
     m = mesh.data_mesh()
     return Trained(
         workdir=workdir,
@@ -184,7 +186,7 @@ def examine_with(
 
 
 def predict_volume(trained: Trained, volume: Volume) -> dict[str, Any]:
-    """Segmentation, calibrated uncertainty and reasons of one case: the maps and records listed in `inference.finish`."""
+    """Segmentation, calibrated uncertainty and reasons of one case: the maps and records of `inference.finish`."""
     started = time.perf_counter()
     data = trained.config.data
     return inference.finish(

@@ -1,7 +1,7 @@
 """From a volume to its trust maps: encode once, draw hypotheses, decide, probe, calibrate, explain.
 
-Slices go through in chunks of one static size, split over the mesh; only slices in which the one-step prediction sees any
-foreground are sampled and probed. Nothing recompiles per case as long as the padded in-plane size stays.
+Slices go through in chunks of one static size, split over the mesh; only slices in which the one-step prediction sees
+any foreground are sampled and probed. Nothing recompiles per case as long as the padded in-plane size stays.
 """
 
 import functools
@@ -18,6 +18,7 @@ from entrust_jax.baselines.unet import UNet
 from entrust_jax.data import pipeline
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.enfuse.encoder import Evidence
+from entrust_jax.layers import apply
 from entrust_jax.model import Condition, EnTrust
 from entrust_jax.segdiff import sampler as segdiff_sampler
 from entrust_jax.segdiff.sampler import Sampler
@@ -44,11 +45,11 @@ def _availability(present: Array, space: tuple[int, ...]) -> Array:
 
 def _condition(model: EnTrust, params: Any, evidence: Evidence, present: Array) -> Condition:
     mu = _availability(present, evidence.logits.shape[2:-1])
-    return model.apply(params, evidence, mu, method="fuse")  # type: ignore[return-value]
+    return apply(model, params, evidence, mu, method="fuse")
 
 
 def _denoise(model: EnTrust, params: Any):
-    return lambda x_t, log_snr, condition: model.apply(params, x_t, log_snr, condition, method="denoise")
+    return lambda x_t, log_snr, condition: apply(model, params, x_t, log_snr, condition, method="denoise")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler", "mesh"))
@@ -56,7 +57,7 @@ def look(params: Any, batch: dict[str, Array], key: Array, *, model: EnTrust, sa
     """Encodes a chunk and predicts it in one step: (Evidence, maps by name, leading axis = slices)."""
 
     def local(params, batch, key):
-        evidence = model.apply(params, batch["image"], batch["coordinates"], method="encode")
+        evidence = apply(model, params, batch["image"], batch["coordinates"], method="encode")
         condition = _condition(model, params, evidence, batch["present"])
         fused = condition.fused
         first = segdiff_sampler.one_step(
@@ -124,9 +125,7 @@ def probe(
 
     def local(params, evidence, present, label, number, key):
         def one_step(availability, conflict_scale):
-            condition = model.apply(
-                params, evidence, availability, conflict_scale=conflict_scale, method="fuse"
-            )
+            condition = apply(model, params, evidence, availability, conflict_scale=conflict_scale, method="fuse")
             return segdiff_sampler.one_step(
                 _denoise(model, params), condition, number, key,
                 sampler=sampler, shape=availability.shape[2:], classes=model.classes,
@@ -146,8 +145,8 @@ def ensemble(params: Any, batch: dict[str, Array], *, model: UNet, mesh: Mesh) -
     """Probabilities of every stacked U-Net, [b n *s k]."""
 
     def local(params, batch):
-        logits = jax.vmap(lambda p: model.apply(p, batch["image"], batch["present"]))(params)
-        return jnp.moveaxis(jax.nn.softmax(logits, axis=-1), 0, 1)  # type: ignore[arg-type]
+        logits = jax.vmap(lambda p: apply(model, p, batch["image"], batch["present"]))(params)
+        return jnp.moveaxis(jax.nn.softmax(logits, axis=-1), 0, 1)
 
     return jax.shard_map(local, mesh=mesh, in_specs=(_WHOLE, _DATA), out_specs=_DATA, check_vma=False)(params, batch)
 
@@ -195,8 +194,8 @@ def examine(
 ) -> Raw:
     """Everything that EnTrust says of one case before calibration; maps [d h w ...] over the whole volume.
 
-    With `slices`, at most so many slices are kept, three quarters of them active ones (calibration): the maps then cover
-    `kept` only, and `slice_weight` says how many slices each of them stands for.
+    With `slices`, at most so many slices are kept, three quarters of them active ones (calibration): the maps then
+    cover `kept` only, and `slice_weight` says how many slices each of them stands for.
     """
     evidence, maps, batch = first_look(
         params, volume, key, model=model, sampler=sampler, mesh=mesh, multiple=multiple

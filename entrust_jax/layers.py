@@ -1,11 +1,17 @@
 """Linen blocks that several networks share. Channels last; the number of spatial axes is read from the input."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+
+def apply(module: nn.Module, params: Any, *args: Any, **kwargs: Any) -> Any:
+    """`module.apply` of a module without mutable collections: its output alone, which flax's own type cannot say."""
+    return module.apply(params, *args, **kwargs)
 
 
 def rms_norm(x: Float[Array, "*a c"], epsilon: float = 1e-6) -> Float[Array, "*a c"]:

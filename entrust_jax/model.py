@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from entrust_jax.enfuse import objective as enfuse_objective
 from entrust_jax.enfuse.encoder import Encoder, Evidence
 from entrust_jax.enfuse.fusion import Auxiliary, Fused, Fusion, pool_maps
-from entrust_jax.layers import pool, upsample
+from entrust_jax.layers import apply, pool, upsample
 from entrust_jax.scores import case_mean, cross_entropy, over_cases
 from entrust_jax.segdiff import objective as segdiff_objective
 from entrust_jax.segdiff import schedule
@@ -233,7 +233,10 @@ def _cross_consensus(
     score = jax.random.uniform(k_other, (b, m, m)) * fused.present[:, None] * (1 - jnp.eye(m)[None])
     other = jnp.argmax(score, axis=-1)
     swap = jax.random.bernoulli(k_swap, 0.5, (b, m)) & (jnp.max(score, axis=-1) > 0)
-    expand = lambda x: x.reshape(*x.shape, *(1,) * (c.ndim - 2))  # noqa: E731
+
+    def expand(x):
+        return x.reshape(*x.shape, *(1,) * (c.ndim - 2))
+
     swapped = jnp.take_along_axis(c, expand(other), axis=1)
     cbar = jnp.where(expand(swap), swapped, F_c)
 
@@ -262,7 +265,7 @@ def _reconstruction(
 
 
 def enfuse_loss(model: EnTrust, params: Params, batch: Batch, key: Array, progress: Array) -> tuple[Array, dict]:
-    """Stage 1: L_fuse with L_pi. `progress` in [0, 1] closes the conflict gate's rho and ramps the independence term in."""
+    """Stage 1: L_fuse with L_pi. `progress` in [0, 1] closes the conflict gate's rho and ramps independence in."""
     k_drop, k_head, k_cross = jax.random.split(key, 3)
     b, _, *space = batch["image"].shape
     no_null = jnp.zeros((b,), bool)
@@ -270,7 +273,8 @@ def enfuse_loss(model: EnTrust, params: Params, batch: Batch, key: Array, progre
         k_drop, batch["present"], tuple(space), no_null
     )
     rho = jnp.maximum(0.0, 1 - progress / RHO_SHARE)
-    _, terms, figures = model.apply(
+    _, terms, figures = apply(
+        model,
         params,
         batch,
         availability,
@@ -297,7 +301,8 @@ def segdiff_loss(
         k_drop, batch["present"], tuple(space), null
     )
     terminal = terminal | jnp.repeat(null, draws)
-    condition, terms, _ = model.apply(
+    condition, terms, _ = apply(
+        model,
         params,
         batch,
         availability,
@@ -314,7 +319,7 @@ def segdiff_loss(
     label, projections, weight = repeat((batch["label"], condition.projections, _weight(batch)))
     x0 = schedule.scale_onehot(label, model.classes, model.b)
     x_t = schedule.diffuse(x0, log_snr, jax.random.normal(k_eps, x0.shape))
-    logits = model.apply(params, x_t, log_snr, condition.replace(projections=projections), method="denoise")
+    logits = apply(model, params, x_t, log_snr, condition.replace(projections=projections), method="denoise")
     ce = case_mean(cross_entropy(logits, label), repeat(segdiff_objective.voxel_weight(_body(batch), kappa)))
     diffusion = over_cases(ce, weight)
     frozen_prior = {name: value for name, value in terms.items() if name != "prior"}
@@ -330,22 +335,22 @@ def segdiff_loss(
 def validate(
     model: EnTrust, params: Params, batch: Batch, log_snr: Float[Array, " l"], key: Array
 ) -> tuple[Float[Array, "l b"], Float[Array, " b"], Float[Array, " b"]]:
-    """Per case, inside the body, all modalities kept: CE of the denoiser at each log SNR, mean CE of the unimodal heads of
+    """Per case, inside the body, all modalities kept: CE of the denoiser at each log SNR, mean CE of the unimodal heads
 
-    the modalities that are there, mean kappa.
+    of the modalities that are there, mean kappa.
     """
     b, m, *space = batch["image"].shape
     present = batch["present"].astype(jnp.float32)
-    evidence = model.apply(params, batch["image"], batch["coordinates"], method="encode")
+    evidence = apply(model, params, batch["image"], batch["coordinates"], method="encode")
     mu = jnp.broadcast_to(present.reshape(b, m, *(1,) * len(space)), (b, m, *space))
-    condition = model.apply(params, evidence, mu, method="fuse")
+    condition = apply(model, params, evidence, mu, method="fuse")
     x0 = schedule.scale_onehot(batch["label"], model.classes, model.b)
     eps = noise_of_cases(key, batch["case"], x0.shape[1:])
     body = _body(batch)
 
     def at(level):
         levels = jnp.full((b,), level)
-        logits = model.apply(params, schedule.diffuse(x0, levels, eps), levels, condition, method="denoise")
+        logits = apply(model, params, schedule.diffuse(x0, levels, eps), levels, condition, method="denoise")
         return case_mean(cross_entropy(logits, batch["label"]), body)
 
     unimodal = jax.vmap(lambda x: case_mean(cross_entropy(x, batch["label"]), body), in_axes=1)(evidence.logits)

@@ -19,5 +19,5 @@ def case_mean(value: Float[Array, "b *s"], weight: Float[Array, "b *s"]) -> Floa
 
 
 def over_cases(value: Float[Array, " b"], weight: Float[Array, " b"]) -> Float[Array, ""]:
-    """sum_i w_i value_i / #{w_i > 0}: importance weights stay outside the per-case normalisation, where they would cancel."""
+    """sum_i w_i value_i / #{w_i > 0}: inside the per-case normalisation importance weights would cancel."""
     return jnp.sum(weight * value) / jnp.maximum(jnp.sum(weight > 0), 1)

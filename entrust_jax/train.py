@@ -8,10 +8,11 @@ import contextlib
 import dataclasses
 import functools
 import json
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -58,19 +59,19 @@ class Stage:
 def main(argv: Sequence[str]) -> None:
     """The order of events."""
     del argv
-    config = _CONFIG.value
+    config = flags.FLAGS.config
     workdir = Path(flags.FLAGS.workdir or cli.default_workdir(config))
+    check(workdir, config)
     cli.setup_devices(at_most=config.train.batch)
     devices = mesh.data_mesh()
-    claim(workdir, config)
 
     network = api.network_of(config)
     stages = plan_stages(config, network)
     steps = {stage.name: compile_step(config, network, stage, devices) for stage in stages}
     print_plan(config, stages, steps, devices, workdir)
 
-    parts = dataset.split(config.data, workdir / "splits.json")
-    volumes = {part: read_part(config, parts, part) for part in ("train", "val", "calibration")}
+    parts, volumes = read_data(config, workdir)
+    claim(workdir, config)
     if config.data.layout == "phantom":
         example = dataset.export_example(config.data, workdir / "example", parts["test"][0], config.seed)
         print(f"example case, as NIfTI files: {example}", flush=True)
@@ -85,21 +86,28 @@ def main(argv: Sequence[str]) -> None:
 # Before data is touched -----------------------------------------------------------------------------------------------
 
 
-def claim(workdir: Path, config: Any) -> None:
-    """Writes config.json, or holds it against the one that is there: a folder belongs to one config."""
-    values = json.loads(config.to_json())
+def check(workdir: Path, config: Any) -> None:
+    """Mistakes that can be seen at once: in the method, the folder (it belongs to one config) and the data."""
+    if config.method not in NETWORK_STAGES:
+        raise UserError(f"config.method is {config.method!r}; set it to one of {', '.join(NETWORK_STAGES)}")
     path = workdir / "config.json"
     if path.exists():
-        old = json.loads(api.read_config(workdir).to_json())
-        changed = sorted(k for k in _flat(values).keys() | _flat(old).keys() if _flat(values).get(k) != _flat(old).get(k))
+        old, values = json.loads(api.read_config(workdir).to_json()), json.loads(config.to_json())
+        then, now = _flat(old), _flat(values)
+        changed = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
         changed = [key for key in changed if key != "data.dir"]  # the data may have moved
         if changed:
             key = changed[0]
             raise UserError(
-                f"{path}: was trained with {key}={_flat(old).get(key)!r}, this config has {_flat(values).get(key)!r}"
+                f"{path}: was trained with {key}={then.get(key)!r}, this config has {now.get(key)!r}"
                 f" ({len(changed)} keys differ); use the same config to go on, or another --workdir"
             )
-    logs.write_json(path, values)
+    dataset.check(config.data)
+
+
+def claim(workdir: Path, config: Any) -> None:
+    """Writes what the folder is for, once nothing can be wrong with config or data: from here on it has one config."""
+    logs.write_json(workdir / "config.json", json.loads(config.to_json()))
     logs.write_json(workdir / "version.json", logs.code_version())
 
 
@@ -112,8 +120,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def plan_stages(config: Any, network: Any) -> list[Stage]:
     """The stages of the config's method."""
     t, d = config.train, config.diffusion
-    if config.method not in NETWORK_STAGES:
-        raise UserError(f"config.method is {config.method!r}; set it to one of {', '.join(NETWORK_STAGES)}")
     if config.method != "entrust":
         loss = functools.partial(_unet_loss, network, dice=config.unet.dice)
         return [Stage("unet", 0, t.unet_steps, loss, {"all": 1.0}, t.learning_rate)]
@@ -157,7 +163,9 @@ def optimiser(config: Any, stage: Stage) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, stage.learning_rate, warmup, max(stage.steps, warmup + 1), 0.02 * stage.learning_rate
     )
-    groups = {name: optax.scale(rate) if rate else optax.set_to_zero() for name, rate in stage.rates.items()}
+    groups: dict[Hashable, optax.GradientTransformation] = {
+        name: optax.scale(rate) if rate else optax.set_to_zero() for name, rate in stage.rates.items()
+    }
     label = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: parameter_group(path))
     if set(groups) == {"all"}:
         label = functools.partial(jax.tree.map, lambda _: "all")
@@ -171,7 +179,7 @@ def optimiser(config: Any, stage: Stage) -> optax.GradientTransformation:
 def train_step(
     state: TrainState, batch: Batch, key: Array, *, loss: Loss, tx: optax.GradientTransformation, decay: float
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One optimiser step of one network: pure. A step whose loss or gradient is not finite changes nothing but `step`."""
+    """One optimiser step of one network: pure. A loss or gradient that is not finite changes nothing but `step`."""
     key = jax.random.fold_in(key, state.step)
     (value, figures), gradient = jax.value_and_grad(loss, has_aux=True, argnums=0)(
         state.params, batch, key, state.step
@@ -228,12 +236,13 @@ def compile_step(config: Any, network: Any, stage: Stage, devices: Any) -> Compi
 
     empty = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), batch)
     state = jax.jit(lambda: initial_state(config, tx), out_shardings=whole)()
-    state, _ = call(state, empty, key)
-    jax.block_until_ready(state)
-    began = time.perf_counter()
-    state, _ = call(state, empty, key)
-    jax.block_until_ready(state)
-    step_seconds = time.perf_counter() - began
+    times = []
+    for _ in range(3):  # the first one also faults memory in
+        began = time.perf_counter()
+        state, _ = call(state, empty, key)
+        jax.block_until_ready(state)
+        times.append(time.perf_counter() - began)
+    step_seconds = min(times)
     memory = call.memory_analysis()
     used = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
     return Compiled(call, abstract, compile_seconds, step_seconds, used / 2**20)
@@ -276,6 +285,21 @@ def print_plan(config: Any, stages: list[Stage], steps: dict[str, Compiled], dev
 # Training -------------------------------------------------------------------------------------------------------------
 
 
+def read_data(config: Any, workdir: Path) -> tuple[dict[str, list[str]], dict[str, list[Volume]]]:
+    """The split, and the volumes of its parts. A new split that cannot be read is not kept: the mend may change it."""
+    path = workdir / "splits.json"
+    found, drawn = workdir.exists(), not path.exists()
+    try:
+        parts = dataset.split(config.data, path)
+        return parts, {part: read_part(config, parts, part) for part in ("train", "val", "calibration")}
+    except UserError:
+        if drawn:
+            path.unlink(missing_ok=True)
+            if workdir.exists() and not found:
+                workdir.rmdir()
+        raise
+
+
 def read_part(config: Any, parts: dict[str, list[str]], part: str) -> list[Volume]:
     """The volumes of one part of the split; what is wrong with any of them is printed."""
     began = time.perf_counter()
@@ -297,36 +321,42 @@ def train_network(
 ) -> None:
     """Runs the stages that are not done yet; `checkpoints/last` always holds a state to go on from."""
     folder = workdir / "checkpoints"
-    with contextlib.closing(checkpoint.open_manager(folder / "last")) as last:
-        with contextlib.closing(checkpoint.open_manager(folder / "best")) as best:
-            meta = checkpoint.read_meta(last)
-            state, stage = None, stages[0]
-            if meta is not None:
-                if meta["stage"] == "done":
-                    return
-                stage = next(s for s in stages if s.name == meta["stage"])
-                restored = checkpoint.restore_last(last, steps[stage.name].abstract)
-                assert restored is not None
-                state = restored[0]
-                print(f"resumed at step {meta['step']} ({stage.name})", flush=True)
-            if state is None:
-                tx = optimiser(config, stage)
-                init = jax.jit(lambda: initial_state(config, tx), out_shardings=mesh.replicated(devices))
-                state = init()
-            index = stages.index(stage)
-            for stage, following in zip(stages[index:], [*stages[index + 1 :], None], strict=True):
-                state = run_stage(
-                    config, workdir, network, stage, steps[stage.name], state, volumes, devices, last, best
-                )
-                # The next stage starts from the best of this one. Its first state is saved before it can have a best.
-                restored = checkpoint.restore_best(best, steps[stage.name].abstract.params)
-                params = restored[0] if restored else state.ema
-                end = stage.begin + stage.steps
-                if following is None:
-                    checkpoint.save_last(last, end, state, {"stage": "done", "step": end})
-                else:
-                    state = start_from(config, following, params, devices)
-                    checkpoint.save_last(last, end, state, {"stage": following.name, "step": end})
+    with (
+        contextlib.closing(checkpoint.open_manager(folder / "last")) as last,
+        contextlib.closing(checkpoint.open_manager(folder / "best")) as best,
+        checkpoint.preemption_watch() as should_stop,
+    ):
+        meta = checkpoint.read_meta(last)
+        state, stage = None, stages[0]
+        if meta is not None:
+            if meta["stage"] == "done":
+                return
+            stage = next(s for s in stages if s.name == meta["stage"])
+            restored = checkpoint.restore_last(last, steps[stage.name].abstract)
+            assert restored is not None
+            state = restored[0]
+            print(f"resumed at step {meta['step']} ({stage.name})", flush=True)
+        checkpoint.drop_after(best, meta["step"] if meta else 0)
+        if state is None:
+            tx = optimiser(config, stage)
+            init = jax.jit(lambda: initial_state(config, tx), out_shardings=mesh.replicated(devices))
+            state = init()
+        index = stages.index(stage)
+        for stage, following in zip(stages[index:], [*stages[index + 1 :], None], strict=True):
+            state = run_stage(
+                config, workdir, network, stage, steps[stage.name], state, volumes, devices, last, best, should_stop
+            )
+            # The next stage starts from the best of this one. Its first state is saved before it can have a best.
+            restored = checkpoint.restore_best(best, steps[stage.name].abstract.params)
+            params = restored[0] if restored else state.ema
+            end = stage.begin + stage.steps
+            if following is None:
+                checkpoint.save_last(last, end, state, {"stage": "done", "step": end})
+            else:
+                state = start_from(config, following, params, devices)
+                checkpoint.save_last(last, end, state, {"stage": following.name, "step": end})
+            if should_stop(end):
+                stop(workdir, end)
 
 
 def start_from(config: Any, stage: Stage, params: Any, devices: Any) -> TrainState:
@@ -347,6 +377,7 @@ def run_stage(
     devices: Any,
     last: Any,
     best: Any,
+    should_stop: Callable[[int], bool],
 ) -> TrainState:
     """Trains one stage to its end: log rows every `log_every` steps, validation and `best` every `eval_every`."""
     t = config.train
@@ -361,7 +392,6 @@ def run_stage(
     rows = workdir / "metrics.jsonl"
     logs.drop_rows_after(rows, stage.begin + done)
     board = logs.open_tensorboard(workdir / "tensorboard", stage.begin + done)
-    should_stop = checkpoint.preemption_watch()
     key = step_key(config, stage)
     saved, bad = time.monotonic(), 0
     batches = pipeline.iterate(train_data, stage.begin + done)
@@ -390,15 +420,22 @@ def run_stage(
                 show(now, row["loss"])
             else:
                 show(now)
-            stopping = should_stop(stage.begin + now)
+            # At the stage's end it is train_network that saves and stops.
+            stopping = now < stage.steps and should_stop(stage.begin + now)
             if now < stage.steps and (stopping or time.monotonic() - saved > CHECKPOINT_SECONDS):
                 checkpoint.save_last(last, stage.begin + now, state, {"stage": stage.name, "step": stage.begin + now})
                 saved = time.monotonic()
-            if stopping and now < stage.steps:
+            if stopping:
                 board.close()
-                raise UserError(f"{workdir}: stopped at step {stage.begin + now} and saved; run the same command to go on")
+                stop(workdir, stage.begin + now)
     board.close()
     return state
+
+
+def stop(workdir: Path, step: int) -> NoReturn:
+    """Leaves after SIGTERM, the state being saved."""
+    print(f"{workdir}: stopped at step {step} and saved; run the same command to go on", file=sys.stderr, flush=True)
+    sys.exit(cli.TERMINATED)
 
 
 def place(config: Any, batch: dict[str, np.ndarray], n: int, devices: Any) -> Batch:
@@ -450,7 +487,10 @@ def validate(config: Any, network: Any, stage: Stage, ema: Any, batches: list[Ba
     of the denoiser at lambda_min in stage 2a, of the (mean) member for U-Nets.
     """
     weight = np.concatenate([np.asarray(b["weight"] * b["valid"]) for b in batches])
-    mean = lambda parts: float(np.sum(weight * np.concatenate(parts)) / np.sum(weight))  # noqa: E731
+
+    def mean(parts):
+        return float(np.sum(weight * np.concatenate(parts)) / np.sum(weight))
+
     if stage.name == "unet":
         score = mean([np.asarray(_validate_unet(network, ema, b)).mean(axis=0) for b in batches])
         return {"val/ce": score, "val/score": score}
@@ -500,6 +540,7 @@ def threshold(config: Any, network: Any, params: Any, volumes: list[Volume], dev
                 sampler=inference.sampler_of(config), multiple=api.multiple(config),
             )  # fmt: skip
             p = pipeline.crop(maps["one_step"], volume)
+        assert volume.label is not None
         pairs.append((p, np.where(volume.body, volume.label, -1)))
     tau, dice = case.choose_threshold(pairs)
     print(f"threshold: {tau:.2f} (validation Dice {np.max(dice):.3f}, {len(volumes)} cases)", flush=True)
@@ -520,9 +561,8 @@ def calibrate(
             raw = api.examine_with(config, network, params, devices, tau, volume, config.train.calibration_slices)
             slices.append(calibration_slices(raw, volume, patients.index(volume.patient), config.seed))
             show(i + 1)
-    data = calibration.CalibrationSet(
-        *(np.concatenate([getattr(part, f.name) for part in slices]) for f in dataclasses.fields(calibration.CalibrationSet))
-    )
+    fields = [field.name for field in dataclasses.fields(calibration.CalibrationSet)]
+    data = calibration.CalibrationSet(*(np.concatenate([getattr(part, name) for part in slices]) for name in fields))
     found = calibration.select(data, jax.random.key(config.seed), config.train.head_steps)
     logs.write_bytes(workdir / "calibration.npz", _npz(found["params"]))
     table = found["table"]
@@ -564,8 +604,12 @@ def _npz(params: dict[str, np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-_CONFIG = cli.config_flag()
-flags.DEFINE_string("workdir", None, "Working folder; runs/<config name> by default.")
+def define_flags() -> None:
+    """The command line of this entry point."""
+    cli.config_flag()
+    flags.DEFINE_string("workdir", None, "Working folder; runs/<config name> by default.")
+
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main, required=["config"])

@@ -1,7 +1,7 @@
-"""The plain U-Net that a user would pick instead, and several of them as a deep ensemble (Lakshminarayanan et al. 2017).
+"""The plain U-Net that a user would pick instead, or several of them: a deep ensemble (Lakshminarayanan et al. 2017).
 
-Modalities are concatenated with their availability. Members are stacked along a leading axis of the parameters and run at
-once by `vmap`; a single U-Net is an ensemble of one.
+Modalities are concatenated with their availability. Members are stacked along a leading axis of the parameters and run
+at once by `vmap`; a single U-Net is an ensemble of one.
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ from entrust_jax.enfuse.objective import modality_dropout
 from entrust_jax.layers import (
     Block,
     Conv,
+    apply,
     background_bias,
     depth_to_space,
     pool,
@@ -75,8 +76,8 @@ def soft_dice(logits: Float[Array, "b *s k"], label: Array, inside: Float[Array,
 def loss(
     model: UNet, params: Any, batch: dict[str, Array], key: Array, *, dice: float
 ) -> tuple[Array, dict[str, Array]]:
-    """Cross-entropy inside the body, plus `dice` times the soft Dice loss (nnU-Net's habit at 1, a proper score at 0)."""
-    logits = model.apply(params, batch["image"], modality_dropout(key, batch["present"]))
+    """Cross-entropy inside the body plus `dice` times soft Dice (nnU-Net's habit at 1, a proper score at 0)."""
+    logits = apply(model, params, batch["image"], modality_dropout(key, batch["present"]))
     inside = (batch["body"] & (batch["label"] >= 0)).astype(jnp.float32)
     some = jnp.sum(inside, axis=tuple(range(1, inside.ndim))) > 0
     weight = batch["weight"] * batch["valid"] * some
@@ -89,6 +90,6 @@ def loss(
 
 def validate(model: UNet, params: Any, batch: dict[str, Array]) -> Float[Array, " b"]:
     """Cross-entropy of each case inside the body with all its modalities."""
-    logits = model.apply(params, batch["image"], batch["present"])
+    logits = apply(model, params, batch["image"], batch["present"])
     inside = (batch["body"] & (batch["label"] >= 0)).astype(jnp.float32)
     return case_mean(cross_entropy(logits, batch["label"]), inside)

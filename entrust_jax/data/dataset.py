@@ -45,12 +45,29 @@ def split(data: Any, path: Path) -> dict[str, list[str]]:
     return splits.load_or_draw(path, find(data), data.split)
 
 
+def check(data: Any) -> None:
+    """Raises UserError for data that cannot be there: a second's look, before the minutes of compiling."""
+    if data.layout != "phantom":
+        find(data)
+        return
+    phantom_spec(data)
+    cases = tuple(data.phantom.cases)
+    if len(cases) != len(splits.PARTS) or min(cases) < 1:
+        raise UserError(
+            f"config.data.phantom.cases is {cases}; give one number of cases, at least 1, for each of "
+            + ", ".join(splits.PARTS)
+        )
+
+
 def find(data: Any) -> list[layouts.Case]:
     """The cases of the data folder. Raises UserError when there is none, naming the way to get the data."""
-    if not data.dir:
+    if data.layout in layouts.LAYOUTS and not (data.dir and Path(data.dir).is_dir()):
+        wrong = f"{data.dir}: no such folder" if data.dir else "config.data.dir is not set"
+        source = f"get the data from {data.source}; " if data.source else ""
+        expected, _ = layouts.LAYOUTS[data.layout]
         raise UserError(
-            f"config.data.dir is not set; get the data from {data.source} and give its folder "
-            f"({data.layout} layout) as --config.data.dir=FOLDER"
+            f"{wrong}; {source}give its folder ({data.layout} layout: {expected}) as --config.data.dir=FOLDER "
+            "(evaluate: --data_dir), or train configs/brats.py:demo, which needs no data"
         )
     return layouts.find_cases(data.layout, data.dir, tuple(data.modalities))
 
@@ -67,7 +84,10 @@ def read(data: Any, names: Iterable[str], seed: int) -> tuple[list[Volume], list
     by_name = {found.name: found for found in find(data)}
     absent = [name for name in wanted if name not in by_name]
     if absent:
-        raise UserError(f"{data.dir}: lacks {absent[0]} ({len(absent)} of the split's cases); restore it, or name the folder that has it")
+        raise UserError(
+            f"{data.dir}: lacks {absent[0]} ({len(absent)} of the split's cases); "
+            "restore it, or name the folder that has it"
+        )
     volumes, problems = preprocess.read_volumes(
         [by_name[name] for name in wanted],
         modalities=tuple(data.modalities),

@@ -1,7 +1,7 @@
 """Conflict between modalities: opposing evidence, free of the prior.
 
-What modality m says beyond the base rate pi is its weight of evidence (Good 1950), the posterior that it would give under
-a flat prior; two modalities conflict where their supports s oppose each other:
+What modality m says beyond the base rate pi is its weight of evidence (Good 1950), the posterior that it would give
+under a flat prior; two modalities conflict where their supports s oppose each other:
 
     q_mk = (p_mk / pi_k) / sum_j (p_mj / pi_j)          s_mk = max(0, (q_mk - 1/K) / (1 - 1/K))
     d = s_m - s_n      kappa_mn = mu_m mu_n max(0, -sum_{k<l} d_k d_l)      kappa = max_{m<n} kappa_mn
@@ -36,7 +36,7 @@ def support(posterior: Float[Array, "b m *s k"], prior: Float[Array, "b *s k"]) 
 def pair_conflict(
     s: Float[Array, "b m *s k"], availability: Float[Array, "b m *s"]
 ) -> tuple[Float[Array, "b p *s"], Float[Array, "b *s k"]]:
-    """kappa_mn in [0, 1] for every pair, and which classes are contested: sum over pairs of max(0, -d_k sum_{l!=k} d_l)."""
+    """kappa_mn in [0, 1] for every pair, and how contested each class is: sum_mn max(0, -d_k sum_{l!=k} d_l)."""
     index = pairs(s.shape[1])
     d = s[:, index[:, 0]] - s[:, index[:, 1]]
     both = availability[:, index[:, 0]] * availability[:, index[:, 1]]
@@ -64,8 +64,10 @@ def entropy(p: Float[Array, "*a k"]) -> Float[Array, "*a"]:
 def jensen_shannon(
     posterior: Float[Array, "b m *s k"], availability: Float[Array, "b m *s"]
 ) -> Float[Array, "b *s"]:
-    """H(mean_m p_m) - mean_m H(p_m) over the available modalities, in bits. An auxiliary channel, never the conflict map:
-    it also fires where one modality merely knows nothing."""
+    """H(mean_m p_m) - mean_m H(p_m) over the available modalities, in bits.
+
+    An auxiliary channel, never the conflict map: it also fires where one modality merely knows nothing.
+    """
     weight = availability / (jnp.sum(availability, axis=1, keepdims=True) + 1e-9)
     mean = jnp.sum(weight[..., None] * posterior, axis=1)
     inner = jnp.sum(weight * entropy(posterior), axis=1)

@@ -111,7 +111,7 @@ class Fusion(nn.Module):
 
 
 class Auxiliary(nn.Module):
-    """Heads that only the training objective uses: the consensus must segment, c and u together must redraw the image."""
+    """Heads that only training uses: the consensus must segment, c and u together must redraw the image."""
 
     classes: int
     factor: int
@@ -124,7 +124,7 @@ class Auxiliary(nn.Module):
         consensus: Float[Array, "b m *t d"],
         specific: Float[Array, "b m *t e"],
     ) -> tuple[Float[Array, "b *s k"], Float[Array, "b m *t"]]:
-        """Returns consensus logits A' F_c at full resolution, and the image of each modality at the scale of `consensus`."""
+        """Consensus logits A' F_c at full resolution, and the image of each modality at the scale of `consensus`."""
         F = fused.F_c[0]
         k = self.classes
         copies = self.factor ** (F.ndim - 2)

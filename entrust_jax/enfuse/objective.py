@@ -2,8 +2,8 @@
 
     L_fuse = L_uni + .5 L_con + .1 L_align + L_xcov + .1 L_var + .1 L_rec (+ L_pi in stage 1)
 
-The cross-covariance penalty is that of Cheung et al. 2014 (arXiv 1412.6583) in a scale-free form, the variance hinge that
-of VICReg (Bardes et al. 2021, arXiv 2105.04906). Weights and the rest: ours.
+The cross-covariance penalty is that of Cheung et al. 2014 (arXiv 1412.6583) in a scale-free form, the variance hinge
+that of VICReg (Bardes et al. 2021, arXiv 2105.04906). Weights and the rest: ours.
 """
 
 import jax
@@ -58,7 +58,7 @@ def independence(
     mask: Float[Array, "b n"],
     present: Float[Array, "m b"],
 ) -> Float[Array, ""]:
-    """L_xcov of one scale: weighted mean of `xcov` over the pairs (F_c,u_m), (c_m,u_m), (u_m,F_cf), (F_c,F_cf), (u_m,u_n)."""
+    """L_xcov of one scale: weighted mean of `xcov` over (F_c,u_m), (c_m,u_m), (u_m,F_cf), (F_c,F_cf) and (u_m,u_n)."""
     masks = mask[None] * present[..., None]
     each = jax.vmap(_two_centrings)
     m = u.shape[0]
@@ -110,7 +110,7 @@ def unimodal(
     present: Float[Array, "b m"],
     weight: Float[Array, " b"],
 ) -> Float[Array, ""]:
-    """L_uni = 1/sum(mu) sum_m mu_m CE(p_m, y): plain cross-entropy, a proper score, so that p_m estimates p(y | x_m)."""
+    """L_uni = 1/sum(mu) sum_m mu_m CE(p_m, y): a proper score without class weights, so p_m estimates p(y | x_m)."""
     per_modality = jax.vmap(lambda x: case_mean(cross_entropy(x, label), body), in_axes=1, out_axes=1)(logits)
     mean = jnp.sum(present * per_modality, axis=1) / jnp.maximum(jnp.sum(present, axis=1), 1.0)
     return over_cases(mean, weight)
@@ -138,9 +138,9 @@ def availability_dropout(
 ) -> tuple[Float[Array, "b m *s"], Float[Array, " b"]]:
     """Draws what the model may see: modality dropout, local silencing, conflict-pathway dropout.
 
-    Whole modalities go by `modality_dropout`; the cases of `null` lose all.
-    Another 10 % lose one modality inside a random ellipsoid, 10 % lose F_cf. Thereby every condition that probing will ask
-    about is in the training distribution.
+    Whole modalities go by `modality_dropout`; the cases of `null` lose all. Another 10 % lose one modality inside a
+    random ellipsoid, 10 % lose F_cf. Thereby every condition that probing will ask about is in the training
+    distribution.
 
     Returns mu Float[b m *s] and the factor on F_cf Float[b].
     """

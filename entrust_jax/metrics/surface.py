@@ -23,7 +23,7 @@ def bounding_box(mask: Bool[np.ndarray, "*s"], margin: int = 0) -> tuple[slice, 
 def surface(mask: Bool[np.ndarray, "*s"]) -> Bool[np.ndarray, "*s"]:
     """Voxels of the mask with a face neighbour outside it; the array's edge counts as outside (as MedPy and
     MONAI)."""
-    return mask & ~ndimage.binary_erosion(mask)
+    return mask & np.logical_not(ndimage.binary_erosion(mask))
 
 
 def surface_distances(

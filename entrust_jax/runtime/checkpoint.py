@@ -5,9 +5,10 @@ and `best` (EMA parameters, to predict). A step is written beside and renamed, s
 complete steps only.
 """
 
+import contextlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,13 @@ def read_meta(manager: ocp.CheckpointManager) -> dict | None:
         raise _damaged(manager, step, error) from error
 
 
+def drop_after(manager: ocp.CheckpointManager, step: int) -> None:
+    """Removes the steps beyond `step`, which a run that goes on from there makes again."""
+    manager.wait_until_finished()
+    for later in [saved for saved in manager.all_steps() if saved > step]:
+        manager.delete(later)
+
+
 def save_tree(folder: Path, name: str, tree: Any) -> None:
     """Writes a small tree (calibration parameters) to folder/name.msgpack, beside and renamed.
 
@@ -146,17 +154,23 @@ def restore_tree(folder: Path, name: str, abstract: Any) -> Any:
     return tree
 
 
-def preemption_watch() -> Callable[[int], bool]:
-    """Starts to listen for SIGTERM and returns should_stop(step), to be asked after every step.
+@contextlib.contextmanager
+def preemption_watch() -> Iterator[Callable[[int], bool]]:
+    """Listens for SIGTERM inside the block and yields should_stop(step), to be asked after every step.
 
     With several processes JAX's preemption service agrees on one step at which all of them answer True, so
-    that they save together; it is there after jax.distributed.initialize. Call it from the main thread.
+    that they save together; it is there after jax.distributed.initialize. Enter it in the main thread. After
+    the block SIGTERM does what it did before: nobody would ask any more, and the process would not end.
     """
     if jax.process_count() > 1:
-        return multihost_utils.reached_preemption_sync_point
+        yield multihost_utils.reached_preemption_sync_point
+        return
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    return lambda step: stop.is_set()
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield lambda step: stop.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _save(manager: ocp.CheckpointManager, step: int, item: str, tree: Any, meta: dict, wait: bool) -> None:
@@ -196,7 +210,7 @@ def _restore(manager: ocp.CheckpointManager, item: str, abstract: Any) -> tuple[
 def _damaged(manager: ocp.CheckpointManager, step: int, error: Exception) -> UserError:
     return UserError(
         f"{manager.directory / str(step)}: the checkpoint is damaged or from another config "
-        f"({_first_line(error)}); remove this folder to go on from the one before, "
+        f"({_first_line(error)}); remove this folder and run train again, "
         "or train into a new working folder"
     )
 

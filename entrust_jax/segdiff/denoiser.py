@@ -23,12 +23,12 @@ from entrust_jax.layers import (
     space_to_depth,
     upsample,
 )
-from entrust_jax.segdiff.schedule import input_scale
+from entrust_jax.segdiff.schedule import input_scale, own_evidence
 
 
 @flax.struct.dataclass
 class Projections:
-    """The cached half of the denoiser: per scale a_s and G_s Float[b *t w_s], and the availability embedding Float[b e]."""
+    """The cached half of the denoiser: per scale a_s and G_s Float[b *t w_s], and the embedding of what is there."""
 
     a: tuple[Float[Array, "b *t w"], ...]
     modulation: tuple[Float[Array, "b *t w"], ...]
@@ -72,7 +72,8 @@ class Denoiser(nn.Module):
     """Den(x_t, lambda, condition) -> logits of x_0.
 
     Attributes:
-      classes: K. widths: channels per scale. b: scale of the one-hot input. factor: space-to-depth factor, as the encoder's.
+      classes: K. widths: channels per scale. b: scale of the one-hot input.
+      factor: space-to-depth factor, as the encoder's.
       d_embedding: channels of the embedding of lambda and of the modalities present.
     """
 
@@ -86,7 +87,11 @@ class Denoiser(nn.Module):
     def __call__(
         self, x_t: Float[Array, "b *s k"], log_snr: Float[Array, " b"], condition: Projections
     ) -> Float[Array, "b *s k"]:
-        """Returns float32 logits; the network's input has unit variance at every log SNR."""
+        """Returns float32 logits; the network's input has unit variance at every log SNR.
+
+        What the voxel's own noisy value says is added exactly, so the network learns the rest: without it a short training
+        has not learnt to copy by the last steps, where little else is asked.
+        """
         scale = input_scale(log_snr, self.b)
         h = space_to_depth(x_t * scale.reshape(-1, *(1,) * (x_t.ndim - 1)), self.factor)
         e = nn.Dense(self.d_embedding)(embed_log_snr(log_snr, self.d_embedding)) + condition.embedding
@@ -109,4 +114,5 @@ class Denoiser(nn.Module):
             bias_init=background_bias(self.classes, copies),
             name="logits",
         )(nn.silu(h))
-        return depth_to_space(last, self.factor).astype(jnp.float32)
+        rest = depth_to_space(last, self.factor).astype(jnp.float32)
+        return rest + own_evidence(x_t, log_snr, self.b)

@@ -2,8 +2,9 @@
 
     L_diff = E_{lambda, eps} [ sum_u v(u) CE(l(u), y(u)) / sum_u v(u) ],      v(u) = 1 + beta kappa(u)
 
-Cross-entropy is strictly proper, so its minimiser is the exact denoiser and the sampler converges to the true joint law of
-the masks; weights that depend on the input alone (kappa does) leave that optimum where it is. Dice or class weights would not.
+Cross-entropy is strictly proper, so its minimiser is the exact denoiser and the sampler converges to the true joint law
+of the masks; weights that depend on the input alone (kappa does) leave that optimum where it is. Dice or class weights
+would not.
 """
 
 import jax

@@ -1,6 +1,6 @@
 """From maps to one answer for a scan: the delivered mask, its predicted Dice, volumes with intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
@@ -122,7 +122,7 @@ def choose_threshold(
 
 
 def volumes(
-    labels: UInt8[np.ndarray, "n d h w"], regions: dict[str, Sequence[int]], voxel_ml: float
+    labels: UInt8[np.ndarray, "n d h w"], regions: Mapping[str, Sequence[int]], voxel_ml: float
 ) -> dict[str, dict]:
     """Volume in ml of each region (a union of classes): the mean over the hypotheses and their [5, 95]
     percentiles.

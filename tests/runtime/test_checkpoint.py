@@ -132,6 +132,20 @@ def test_kill_9_while_saving_leaves_a_complete_step(tmp_path, repository):
         assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == sorted(map(str, manager.all_steps()))
 
 
+def test_steps_beyond_the_restored_one_are_dropped(tmp_path):
+    tree = {"w": jnp.arange(4.0)}
+    with opened(tmp_path / "best", keep=3) as manager:
+        for step in (1, 5, 9):
+            checkpoint.save_best(manager, step, tree, {"step": step}, wait=False)
+        checkpoint.drop_after(manager, 5)
+        assert checkpoint.read_meta(manager) == {"step": 5}
+        checkpoint.drop_after(manager, 0)
+        assert checkpoint.read_meta(manager) is None
+        checkpoint.save_best(manager, 1, tree, {"step": 1})
+    with opened(tmp_path / "best", read_only=True) as manager:
+        assert list(manager.all_steps()) == [1]
+
+
 def test_a_damaged_checkpoint_is_an_error_for_people(tmp_path):
     tree = {"w": jnp.arange(4096.0)}
     with opened(tmp_path / "last") as manager:
@@ -181,9 +195,11 @@ def test_a_small_tree(tmp_path):
 def test_sigterm_asks_to_stop():
     before = signal.getsignal(signal.SIGTERM)
     try:
-        should_stop = checkpoint.preemption_watch()
-        assert not should_stop(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert should_stop(2)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with checkpoint.preemption_watch() as should_stop:
+            assert not should_stop(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert should_stop(2)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -28,8 +28,8 @@ def conflict_for_eta(eta, tau=0.1):
     return -tau * np.log1p(-np.minimum(eta, 1 - 1e-6))
 
 
-def run(key, conflict, sampler):
-    arguments = {"sampler": sampler, "classes": CLASSES, "hypotheses": DRAWS}
+def run(key, conflict, sampler, draws=DRAWS):
+    arguments = {"sampler": sampler, "classes": CLASSES, "hypotheses": draws}
     return sampling.sample(DENOISE, None, conflict[None], jnp.array([3]), key, **arguments)[1][0]
 
 
@@ -79,8 +79,8 @@ def test_temperature_in_conflict_fails_the_frequency_test(monkeypatch):
     original = sampling._noise
     amplitude = jnp.asarray(1 + 0.6 * REGION)[None, ..., None]
     monkeypatch.setattr(sampling, "_noise", lambda *arguments: original(*arguments) * amplitude)
-    # A function of its own: the compiled one was traced with the right noise.
-    fake = jax.jit(lambda key, conflict, sampler: run(key, conflict, sampler), static_argnames="sampler")
+    # A function of its own, for the compiled one was traced with the right noise; twice the draws for power.
+    fake = jax.jit(lambda key, conflict, sampler: run(key, conflict, sampler, 2 * DRAWS), static_argnames="sampler")
     modes, _ = mode_of(draw_many(*CASES["eta 1"], compiled=fake))
     assert frequency_excess(modes) > 1
 

@@ -103,3 +103,16 @@ def test_leakage_rule(radius, n, b, channels):
 def test_decision_log_snr_values():
     for b, expected in ((1.0, -1.5), (0.3, 0.9), (0.1, 3.1)):  # n = 29
         assert float(schedule.decision_log_snr(29, b)) == pytest.approx(expected, abs=0.06)
+
+
+def test_own_evidence_is_the_exact_bayes_factor_of_a_voxel():
+    """One voxel, three classes, prior p: softmax(log p + own_evidence) is the posterior by direct densities."""
+    b, prior = 0.3, np.array([0.6, 0.3, 0.1])
+    for level in (-6.0, 0.0, 4.0):
+        alpha, sigma = (float(v) for v in schedule.alpha_sigma(jnp.float32(level)))
+        means = alpha * b * (2 * np.eye(3) - 1)
+        x = means[1] + sigma * np.array([0.3, -0.8, 1.1])
+        density = np.exp(-0.5 * np.sum((x[None] - means) ** 2, axis=1) / sigma**2)
+        expected = prior * density / np.sum(prior * density)
+        own = schedule.own_evidence(jnp.asarray(x, jnp.float32)[None, None], jnp.array([level]), b)[0, 0]
+        np.testing.assert_allclose(jax.nn.softmax(jnp.log(jnp.asarray(prior, jnp.float32)) + own), expected, atol=2e-5)

@@ -1,0 +1,98 @@
+"""python -m entrust_jax.benchmark.latency --config=configs/glioma.py [--size=128] [--repeats=5]
+
+Seconds for the hypotheses and TrustMap of one slice, beside one U-Net pass and as many as a deep ensemble has, in one run
+on one machine. Weights are random: the time does not depend on them. Prints JSON; compilation is timed apart.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jaxtyping import Array
+
+from entrust_jax import api, cli, inference
+from entrust_jax.baselines import unet
+from entrust_jax.runtime import mesh
+
+
+def seconds(call: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """First call (with compilation), then min, median and max of `repeats` calls, in seconds."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - began)
+    rest = times[1:]
+    return {"first": times[0], "min": min(rest), "median": float(np.median(rest)), "max": max(rest)}
+
+
+def slice_batch(config: Any, size: int, copies: int) -> dict[str, np.ndarray]:
+    """`copies` random slices with every modality: one, as often as the mesh has devices."""
+    rng = np.random.default_rng(0)
+    shapes = api.example_batch(config, copies)
+    batch = {name: np.ones((*s.shape[:1], *s.shape[1:]), s.dtype) for name, s in shapes.items()}
+    m = len(config.data.modalities)
+    batch["image"] = rng.normal(size=(copies, m, size, size)).astype(np.float32)
+    batch["label"] = rng.integers(0, 2, (copies, size, size)).astype(np.int32)
+    batch["body"] = np.ones((copies, size, size), bool)
+    batch["coordinates"] = rng.uniform(-1, 1, (copies, size, size, 3)).astype(np.float32)
+    return batch
+
+
+def main(argv: Sequence[str]) -> None:
+    """Times encode + hypotheses + probes of EnTrust against U-Net passes, on one device each."""
+    del argv
+    config = _CONFIG.value.copy_and_resolve_references()
+    cli.setup_devices()
+    one = mesh.data_mesh(jax.devices()[:1])
+    repeats, size = flags.FLAGS.repeats, flags.FLAGS.size
+    key = jax.random.key(0)
+    batch = slice_batch(config, size, 1)
+    sampler, n = inference.sampler_of(config), config.diffusion.hypotheses
+
+    network = api.network_of(config)
+    params = jax.jit(lambda: api.init_params(config, key))()
+    static = {"model": network, "sampler": sampler, "mesh": one}
+    evidence, _ = inference.look(params, batch, key, **static)
+    label = batch["label"]
+
+    def entrust() -> Array:
+        found, _ = inference.look(params, batch, key, **static)
+        _, members = inference.draw(params, found, batch["present"], batch["case"], key, hypotheses=n, **static)
+        inference.probe(params, found, batch["present"], label, batch["case"], key, **static)
+        return members
+
+    result: dict[str, Any] = {
+        "config": config.name,
+        "slice": [size, size],
+        "hypotheses": n,
+        "steps": sampler.steps,
+        "device": jax.devices()[0].device_kind,
+        "encode_and_one_step": seconds(lambda: inference.look(params, batch, key, **static), repeats),
+        "hypotheses_only": seconds(
+            lambda: inference.draw(params, evidence, batch["present"], batch["case"], key, hypotheses=n, **static),
+            repeats,
+        ),
+        "probes_only": seconds(
+            lambda: inference.probe(params, evidence, batch["present"], label, batch["case"], key, **static), repeats
+        ),
+        "hypotheses_with_trustmap": seconds(entrust, repeats),
+    }
+    for method in ("unet", "deep_ensemble"):
+        config.method = method
+        net = api.network_of(config)
+        stacked = jax.jit(lambda: api.init_params(config, key))()
+        timed = seconds(lambda: inference.ensemble(stacked, batch, model=net, mesh=one), repeats)  # noqa: B023
+        result[f"{method}_{unet.members(config)}"] = timed
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    _CONFIG = cli.config_flag()
+    flags.DEFINE_integer("size", 128, "Height and width of the slice, a multiple of 16.")
+    flags.DEFINE_integer("repeats", 5, "Timed calls after the first.")
+    cli.run(main, required=["config"])

@@ -1,0 +1,107 @@
+"""The denoiser alone, on random conditions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from entrust_jax.layers import apply
+from entrust_jax.segdiff.denoiser import Denoiser, Projection, Projections
+
+B, M, K, WIDTHS = 2, 3, 3, (4, 8)
+DENOISER = Denoiser(K, WIDTHS, b=0.2, factor=2, d_embedding=8)
+PROJECTION = Projection(WIDTHS, 8)
+
+
+def some(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+PARTS = (
+    tuple(some(B, n, n, 5, seed=n) for n in (4, 2)),
+    tuple(some(B, M, n, n, 3, seed=n + 1) for n in (4, 2)),
+    tuple(some(B, n, n, 5, seed=n + 2) for n in (4, 2)),
+    np.float32([[1, 1, 1], [1, 0, 1]]),
+)
+X, LOG_SNR = some(B, 8, 8, K), np.float32([-12, 3])
+
+
+def condition_of(seed: int = 0) -> Projections:
+    a = tuple(some(B, n, n, w, seed=seed + n) for n, w in zip((4, 2), WIDTHS, strict=True))
+    modulation = tuple(0.3 * some(B, n, n, w, seed=seed + n + 7) for n, w in zip((4, 2), WIDTHS, strict=True))
+    return Projections(a, modulation, some(B, 8, seed=seed))
+
+
+@pytest.fixture(scope="module")
+def params():
+    shapes = jax.eval_shape(DENOISER.init, jax.random.key(0), X, LOG_SNR, condition_of())
+    return jax.tree.map(lambda x: 0.5 * some(*x.shape), shapes)
+
+
+@jax.jit
+def denoise(params, x, log_snr, condition):
+    return apply(DENOISER, params, x, log_snr, condition)
+
+
+@pytest.mark.parametrize("space", [(8,), (8, 16), (8, 8, 4)])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_shapes(space, factor):
+    """As many spatial axes as the input has."""
+    net = Denoiser(K, WIDTHS, b=0.1, factor=factor)
+    grids = [tuple(n // (factor * 2**s) for n in space) for s in range(2)]
+    maps = tuple(jnp.zeros((B, *grid, w)) for grid, w in zip(grids, WIDTHS, strict=True))
+    arrays = jnp.zeros((B, *space, K)), jnp.zeros(B), Projections(maps, maps, jnp.zeros((B, 64)))
+    logits = jax.eval_shape(net.init_with_output, jax.random.key(0), *arrays)[0]
+    assert logits.shape == (B, *space, K)
+    assert logits.dtype == jnp.float32
+
+
+def test_starts_at_the_background():
+    """The last layer's kernel is zero, its bias favours class 0 of every voxel of a folded block."""
+    init = jax.jit(lambda: DENOISER.init(jax.random.key(0), X, LOG_SNR, condition_of()))()
+    np.testing.assert_array_equal(denoise(init, X, LOG_SNR, condition_of()), np.broadcast_to([3.0, 0, 0], X.shape))
+
+
+def test_conflict_does_not_modulate_at_the_start(params):
+    """Gf is zero at initialisation; the path is open to learning: other gains change the logits."""
+    init = jax.jit(lambda: PROJECTION.init(jax.random.key(0), *PARTS))()
+    projections = jax.jit(lambda p: apply(PROJECTION, p, *PARTS))(init)
+    for modulation in projections.modulation:
+        assert np.all(np.asarray(modulation) == 0)
+    assert any(np.any(np.asarray(a) != 0) for a in projections.a)
+    condition = condition_of()
+    still = condition.replace(modulation=tuple(np.zeros_like(x) for x in condition.modulation))
+    assert np.any(np.abs(denoise(params, X, LOG_SNR, condition) - denoise(params, X, LOG_SNR, still)) > 1e-3)
+
+
+def test_projections_are_linear_in_the_parts():
+    """a = W_c F_c + b + W_u sum_m P_m F_u,m + W_f F_cf, G = Gf F_cf, in numpy."""
+    shapes = jax.eval_shape(PROJECTION.init, jax.random.key(0), *PARTS)
+    params = jax.tree.map(lambda x: some(*x.shape), shapes)
+    got = jax.jit(lambda p: apply(PROJECTION, p, *PARTS))(params)
+    F_c, F_u, F_cf, present = PARTS
+    p = params["params"]
+    for s in range(2):
+        dense = {name: p[f"{name}_{s}"]["Dense_0"] for name in ("consensus", "cue", "conflict", "gain")}
+        specific = sum(F_u[s][:, m] @ p[f"specific_{s}"][m] for m in range(M))
+        a = F_c[s] @ dense["consensus"]["kernel"] + dense["consensus"]["bias"]
+        a = a + specific @ dense["cue"]["kernel"] + F_cf[s] @ dense["conflict"]["kernel"]
+        np.testing.assert_allclose(got.a[s], a, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(got.modulation[s], F_cf[s] @ dense["gain"]["kernel"], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(got.embedding, present @ p["modality"], atol=1e-5)
+
+
+def test_cases_are_independent_and_every_input_matters(params):
+    condition, other = condition_of(), condition_of(seed=50)
+    before = np.asarray(denoise(params, X, LOG_SNR, condition))
+    second = jax.tree.map(lambda a, b: np.concatenate([a[:1], b[1:]]), condition, other)
+    changes = {
+        "x": denoise(params, np.concatenate([X[:1], X[:1]]), LOG_SNR, condition),
+        "log_snr": denoise(params, X, np.float32([-12, 4]), condition),
+        "a": denoise(params, X, LOG_SNR, condition.replace(a=second.a)),
+        "modulation": denoise(params, X, LOG_SNR, condition.replace(modulation=second.modulation)),
+        "embedding": denoise(params, X, LOG_SNR, condition.replace(embedding=second.embedding)),
+    }
+    for name, after in changes.items():
+        np.testing.assert_array_equal(after[0], before[0], err_msg=name)
+        assert np.max(np.abs(after[1] - before[1])) > 1e-3, name

@@ -1,0 +1,102 @@
+"""The blocks that networks share: folds of space are exact inverses, norms are local, modulation starts as the identity."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from entrust_jax import layers
+
+
+def some(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("space", [(6,), (4, 6), (2, 4, 6)])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_space_to_depth_and_back(space, factor):
+    x = some(2, *space, 3)
+    folded = layers.space_to_depth(jnp.asarray(x), factor)
+    assert folded.shape == (2, *(s // factor for s in space), 3 * factor ** len(space))
+    np.testing.assert_array_equal(layers.depth_to_space(folded, factor), x)
+
+
+def test_a_block_of_voxels_becomes_the_channels_of_one():
+    x = some(1, 4, 4, 3)
+    folded = layers.space_to_depth(jnp.asarray(x), 2)
+    np.testing.assert_array_equal(folded[0, 1, 0], x[0, 2:4, 0:2].reshape(-1))
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_pool_reduces_blocks(reduce):
+    x = some(2, 4, 6, 3)
+    expected = getattr(x.reshape(2, 2, 2, 3, 2, 3), reduce)(axis=(2, 4))
+    np.testing.assert_allclose(layers.pool(jnp.asarray(x), 2, getattr(jnp, reduce)), expected, rtol=1e-6)
+    np.testing.assert_array_equal(layers.pool(jnp.asarray(x), 1), x)
+
+
+@pytest.mark.parametrize("space", [(3,), (2, 3), (2, 1, 3)])
+def test_upsample_repeats_and_pool_undoes_it(space):
+    x = some(2, *space, 2)
+    y = layers.upsample(jnp.asarray(x), 2)
+    expected = x
+    for axis in range(1, x.ndim - 1):
+        expected = np.repeat(expected, 2, axis=axis)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_allclose(layers.pool(y, 2), x, rtol=1e-6)
+
+
+def test_norms_see_the_channels_of_one_voxel():
+    x = some(2, 3, 4, 8)
+    rms, normal = jax.jit(layers.rms_norm)(x), jax.jit(layers.layer_norm)(x)
+    np.testing.assert_allclose(rms, x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True)), rtol=1e-4)
+    np.testing.assert_allclose(np.mean(normal, axis=-1), 0, atol=1e-6)
+    np.testing.assert_allclose(np.var(normal, axis=-1), 1, rtol=1e-4)
+    one = jax.jit(layers.layer_norm)(x[:1, 1:2, 2:3])
+    np.testing.assert_allclose(one, normal[:1, 1:2, 2:3], rtol=1e-6)
+
+
+def test_norms_have_finite_gradients_at_a_constant_voxel():
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(layers.layer_norm(x) ** 2)))(np.ones((1, 2, 4), np.float32))
+    assert np.all(np.isfinite(gradient))
+
+
+def test_the_embedding_tells_log_snrs_apart():
+    levels = np.linspace(-12.0, 8.5, 42, dtype=np.float32)
+    e = np.asarray(jax.jit(layers.embed_log_snr, static_argnums=1)(levels, 32))
+    assert e.shape == (42, 32)
+    assert np.max(np.abs(e)) <= 1 + 1e-6
+    distance = np.linalg.norm(e[:, None] - e[None], axis=-1) + 10 * np.eye(42)
+    assert distance.min() > 0.5
+
+
+def test_background_bias_favours_class_0_at_every_voxel_of_a_folded_grid():
+    bias = layers.background_bias(3, copies=4)(jax.random.key(0), (12,))
+    logits = layers.depth_to_space(jnp.broadcast_to(bias[None, None, None], (1, 2, 2, 12)), 2)
+    np.testing.assert_array_equal(logits, np.broadcast_to([3.0, 0.0, 0.0], (1, 4, 4, 3)))
+
+
+@pytest.mark.parametrize("space", [(5,), (4, 5), (3, 4, 5)])
+def test_a_convolution_takes_as_many_axes_as_its_input(space):
+    x = some(1, *space, 2)
+    for size in (1, 3):
+        conv = layers.Conv(4, size)
+        shape = jax.eval_shape(conv.init_with_output, jax.random.key(0), x)[0].shape
+        assert shape == (1, *space, 4)
+
+
+def test_a_block_is_modulated_by_gain_and_shift():
+    """h + conv(silu(norm(h) (1 + gamma + spatial) + beta)): a spatial factor of -1 without shift leaves h as it is."""
+    h, e = jnp.asarray(some(2, 4, 4, 3)), jnp.asarray(some(2, 5))
+    block = layers.Block()
+    run = jax.jit(lambda params, spatial: layers.apply(block, params, h, e, spatial))
+    params = jax.jit(lambda: block.init(jax.random.key(0), h, e))()
+    zero = run(params, jnp.zeros(h.shape))
+    np.testing.assert_allclose(zero, run(params, None), atol=1e-6)
+    assert np.max(np.abs(zero - h)) > 0.1
+    still = {"params": params["params"] | {"film": jax.tree.map(np.zeros_like, params["params"]["film"])}}
+    np.testing.assert_allclose(run(still, -jnp.ones(h.shape)), h, atol=1e-6)
+    one = jnp.zeros(h.shape).at[0, 0, 0].set(2.0)
+    changed = np.any(np.abs(np.asarray(run(params, one) - zero)) > 1e-6, axis=-1)
+    assert changed[0, :2, :2].all()
+    assert changed.sum() == 4  # the voxel and its neighbours under the 3x3 kernel
