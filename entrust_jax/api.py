@@ -146,6 +146,11 @@ def read_cases(trained: Trained, data_dir: str | None = None, split: str = "test
     Raises UserError when the data folder lacks them.
     """
     data = trained.config.data.copy_and_resolve_references()
+    if data_dir and data.layout == "phantom":
+        raise UserError(
+            f"--data_dir={data_dir}: {trained.workdir} was trained on the built-in phantom, which has no folder; "
+            "leave --data_dir out"
+        )
     if data_dir:
         data.dir = data_dir
     if split != "all":

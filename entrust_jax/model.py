@@ -1,7 +1,7 @@
 """EnTrust: composes EnFuse and SegDiff; `encode`, `fuse` and `denoise` are its faces, the two losses its training."""
 
 import functools
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.linen as nn
 import flax.struct
@@ -29,6 +29,8 @@ Batch = dict[str, Array]
 Params = Any
 
 
+# Its shapes are not checked at run time: JAX rebuilds a pytree with other leaves (numpy arrays, shardings).
+@no_type_check
 @flax.struct.dataclass
 class Condition:
     """Everything that the denoiser and TrustMap need of a case under one availability."""

@@ -63,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
     workdir = Path(flags.FLAGS.workdir or cli.default_workdir(config))
     check(workdir, config)
     cli.setup_devices(at_most=config.train.batch)
+    dataset.check(config.data)
     devices = mesh.data_mesh()
 
     network = api.network_of(config)
@@ -87,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def check(workdir: Path, config: Any) -> None:
-    """Mistakes that can be seen at once: in the method, the folder (it belongs to one config) and the data."""
+    """Mistakes that can be seen at once, in the config and the folder: a folder belongs to one config."""
     if config.method not in NETWORK_STAGES:
         raise UserError(f"config.method is {config.method!r}; set it to one of {', '.join(NETWORK_STAGES)}")
     path = workdir / "config.json"
@@ -102,7 +103,6 @@ def check(workdir: Path, config: Any) -> None:
                 f"{path}: was trained with {key}={then.get(key)!r}, this config has {now.get(key)!r}"
                 f" ({len(changed)} keys differ); use the same config to go on, or another --workdir"
             )
-    dataset.check(config.data)
 
 
 def claim(workdir: Path, config: Any) -> None:

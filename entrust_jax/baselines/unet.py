@@ -19,6 +19,7 @@ from entrust_jax.layers import (
     background_bias,
     depth_to_space,
     pool,
+    rms_norm,
     space_to_depth,
     upsample,
 )
@@ -50,7 +51,12 @@ class UNet(nn.Module):
             h = h + Conv(self.widths[s], 1, name=f"lateral_{s}")(skips[s])
             h = Block(name=f"top_{s}")(h)
         copies = self.factor ** len(space)
-        last = Conv(self.classes * copies, bias_init=background_bias(self.classes, copies), name="logits")(nn.silu(h))
+        last = Conv(
+            self.classes * copies,
+            kernel_init=nn.initializers.zeros_init(),
+            bias_init=background_bias(self.classes, copies),
+            name="logits",
+        )(nn.silu(rms_norm(h)))  # without the norm some runs fall into a constant prediction and stay there
         return depth_to_space(last, self.factor).astype(jnp.float32)
 
 

@@ -41,9 +41,11 @@ def pair_conflict(
     d = s[:, index[:, 0]] - s[:, index[:, 1]]
     both = availability[:, index[:, 0]] * availability[:, index[:, 1]]
     total = jnp.sum(d, axis=-1)
-    kappa = both * jnp.maximum(0.0, 0.5 * (jnp.sum(jnp.square(d), axis=-1) - jnp.square(total)))
-    contested = jnp.sum(both[..., None] * jnp.maximum(0.0, -d * (total[..., None] - d)), axis=1)
-    return kappa, contested
+    # -d_k sum_{l!=k} d_l; half its sum is kappa_mn, with an exact zero where both support one class (|d|^2 - (sum d)^2
+    # leaves a rounding error there).
+    against = -d * (total[..., None] - d)
+    kappa = both * jnp.maximum(0.0, 0.5 * jnp.sum(against, axis=-1))
+    return kappa, jnp.sum(both[..., None] * jnp.maximum(0.0, against), axis=1)
 
 
 def strongest(kappa_pairs: Float[Array, "b p *s"]) -> Float[Array, "b *s"]:

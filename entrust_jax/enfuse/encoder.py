@@ -7,6 +7,8 @@ No operation before `fusion` joins modalities, so each has evidence of its own a
 Equations: ours; the parameter-lean relative of ShaSpec (Wang et al. 2023, arXiv 2307.14126).
 """
 
+from typing import no_type_check
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -28,6 +30,8 @@ from entrust_jax.layers import (
 PRIOR_FLOOR = 1e-3
 
 
+# Its shapes are not checked at run time: JAX rebuilds a pytree with other leaves (numpy arrays, shardings).
+@no_type_check
 @flax.struct.dataclass
 class Evidence:
     """What each modality says by itself. Made once a case; `fusion` joins any subset of it.
@@ -40,9 +44,9 @@ class Evidence:
       prior_logits: of the positional base rate pi(u), Float[b *s k].
     """
 
-    c: tuple[Float[Array, "b m *t d"], ...]
-    u: tuple[Float[Array, "b m *t d"], ...]
-    reliability: tuple[Float[Array, "b m *t"], ...]
+    c: tuple[Float[Array, "b m ... _"], ...]
+    u: tuple[Float[Array, "b m ... _"], ...]
+    reliability: tuple[Float[Array, "b m ..."], ...]
     logits: Float[Array, "b m *s k"]
     prior_logits: Float[Array, "b *s k"]
 
@@ -63,7 +67,7 @@ class Trunk(nn.Module):
     widths: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, z: Float[Array, "b *s w"], e: Float[Array, "b e"]) -> list[Float[Array, "b *t d"]]:
+    def __call__(self, z: Float[Array, "b *s w"], e: Float[Array, "b e"]) -> list[Float[Array, "b ... _"]]:
         skips = []
         for s, width in enumerate(self.widths):
             if s:

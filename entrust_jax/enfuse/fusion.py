@@ -8,6 +8,8 @@ F_cf is exactly zero where the modalities agree or only one is there. Equations:
 fusion by relevance and uncertainty of D-GUMM-DS (Mahapatra et al. 2026), of which we know a digest only.
 """
 
+from typing import no_type_check
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -19,13 +21,15 @@ from entrust_jax.enfuse.encoder import Evidence, base_rate
 from entrust_jax.layers import Conv, background_bias, depth_to_space, per_voxel, pool, upsample
 
 
+# Its shapes are not checked at run time: JAX rebuilds a pytree with other leaves (numpy arrays, shardings).
+@no_type_check
 @flax.struct.dataclass
 class Fused:
     """The decomposition, per scale, and the conflict maps at full resolution (kappa from stopped gradients)."""
 
-    F_c: tuple[Float[Array, "b *t d"], ...]
-    F_u: tuple[Float[Array, "b m *t d"], ...]
-    F_cf: tuple[Float[Array, "b *t d"], ...]
+    F_c: tuple[Float[Array, "b ... _"], ...]
+    F_u: tuple[Float[Array, "b m ... _"], ...]
+    F_cf: tuple[Float[Array, "b ... _"], ...]
     weights: Float[Array, "b m *s"]
     posterior: Float[Array, "b m *s k"]
     support: Float[Array, "b m *s k"]

@@ -8,6 +8,8 @@ All modality work is done once: the condition enters as per-scale sums computed 
 so that neither steps nor hypotheses repeat it. Equations: ours; spatial modulation as in SPADE (Park et al. 2019).
 """
 
+from typing import no_type_check
+
 import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
@@ -20,18 +22,21 @@ from entrust_jax.layers import (
     depth_to_space,
     embed_log_snr,
     pool,
+    rms_norm,
     space_to_depth,
     upsample,
 )
 from entrust_jax.segdiff.schedule import input_scale, own_evidence
 
 
+# Its shapes are not checked at run time: JAX rebuilds a pytree with other leaves (numpy arrays, shardings).
+@no_type_check
 @flax.struct.dataclass
 class Projections:
     """The cached half of the denoiser: per scale a_s and G_s Float[b *t w_s], and the embedding of what is there."""
 
-    a: tuple[Float[Array, "b *t w"], ...]
-    modulation: tuple[Float[Array, "b *t w"], ...]
+    a: tuple[Float[Array, "b ... _"], ...]
+    modulation: tuple[Float[Array, "b ... _"], ...]
     embedding: Float[Array, "b e"]
 
 
@@ -44,9 +49,9 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(
         self,
-        F_c: tuple[Float[Array, "b *t d"], ...],
-        F_u: tuple[Float[Array, "b m *t d"], ...],
-        F_cf: tuple[Float[Array, "b *t d"], ...],
+        F_c: tuple[Float[Array, "b ... _"], ...],
+        F_u: tuple[Float[Array, "b m ... _"], ...],
+        F_cf: tuple[Float[Array, "b ... _"], ...],
         present: Float[Array, "b m"],
     ) -> Projections:
         a, modulation = [], []
@@ -113,6 +118,6 @@ class Denoiser(nn.Module):
             kernel_init=nn.initializers.zeros_init(),
             bias_init=background_bias(self.classes, copies),
             name="logits",
-        )(nn.silu(h))
+        )(nn.silu(rms_norm(h)))
         rest = depth_to_space(last, self.factor).astype(jnp.float32)
         return rest + own_evidence(x_t, log_snr, self.b)

@@ -111,8 +111,8 @@ def test_the_base_rate_is_floored_and_frozen():
 
 
 def test_head_dropout_acts_in_training_alone(params):
-    train = jax.jit(lambda p, key: apply(ENCODER, p, IMAGE, COORDINATES, train=True, rngs={"dropout": key}))
-    one, two = train(params, jax.random.key(0)), train(params, jax.random.key(1))
+    train = jax.jit(lambda p, x, u, key: apply(ENCODER, p, x, u, train=True, rngs={"dropout": key}))
+    one, two = (train(params, IMAGE, COORDINATES, jax.random.key(i)) for i in range(2))
     assert np.any(one.logits != two.logits)
     for name in ("c", "u"):  # on the heads, not on what the fusion joins
         for a, b in zip(getattr(one, name), getattr(encode(params, IMAGE, COORDINATES), name), strict=True):

@@ -43,6 +43,11 @@ def denoise(params, x, log_snr, condition):
     return apply(DENOISER, params, x, log_snr, condition)
 
 
+@jax.jit
+def project(params, *parts):
+    return apply(PROJECTION, params, *parts)
+
+
 @pytest.mark.parametrize("space", [(8,), (8, 16), (8, 8, 4)])
 @pytest.mark.parametrize("factor", [1, 2])
 def test_shapes(space, factor):
@@ -58,14 +63,13 @@ def test_shapes(space, factor):
 
 def test_starts_at_the_background():
     """The last layer's kernel is zero, its bias favours class 0 of every voxel of a folded block."""
-    init = jax.jit(lambda: DENOISER.init(jax.random.key(0), X, LOG_SNR, condition_of()))()
+    init = jax.jit(DENOISER.init)(jax.random.key(0), X, LOG_SNR, condition_of())
     np.testing.assert_array_equal(denoise(init, X, LOG_SNR, condition_of()), np.broadcast_to([3.0, 0, 0], X.shape))
 
 
 def test_conflict_does_not_modulate_at_the_start(params):
     """Gf is zero at initialisation; the path is open to learning: other gains change the logits."""
-    init = jax.jit(lambda: PROJECTION.init(jax.random.key(0), *PARTS))()
-    projections = jax.jit(lambda p: apply(PROJECTION, p, *PARTS))(init)
+    projections = project(jax.jit(PROJECTION.init)(jax.random.key(0), *PARTS), *PARTS)
     for modulation in projections.modulation:
         assert np.all(np.asarray(modulation) == 0)
     assert any(np.any(np.asarray(a) != 0) for a in projections.a)
@@ -78,7 +82,7 @@ def test_projections_are_linear_in_the_parts():
     """a = W_c F_c + b + W_u sum_m P_m F_u,m + W_f F_cf, G = Gf F_cf, in numpy."""
     shapes = jax.eval_shape(PROJECTION.init, jax.random.key(0), *PARTS)
     params = jax.tree.map(lambda x: some(*x.shape), shapes)
-    got = jax.jit(lambda p: apply(PROJECTION, p, *PARTS))(params)
+    got = project(params, *PARTS)
     F_c, F_u, F_cf, present = PARTS
     p = params["params"]
     for s in range(2):

@@ -1,0 +1,140 @@
+"""The U-Net baselines."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from entrust_jax.baselines import unet
+from entrust_jax.enfuse.objective import modality_dropout
+from entrust_jax.layers import apply
+
+B, M, K, SIZE = 2, 3, 3, 8
+NETWORK = unet.UNet(K, widths=(4, 8), factor=2)
+
+
+def some(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def batch_of() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    body = np.ones((B, SIZE, SIZE), bool)
+    body[:, 0] = False
+    return {
+        "image": some(B, M, SIZE, SIZE),
+        "present": np.ones((B, M), bool),
+        "label": rng.integers(0, K, size=(B, SIZE, SIZE)).astype(np.int32),
+        "body": body,
+        "weight": np.float32([0.5, 1.5]),
+        "valid": np.ones(B, bool),
+    }
+
+
+@pytest.fixture(scope="module")
+def params():
+    batch = batch_of()
+    shapes = jax.eval_shape(NETWORK.init, jax.random.key(0), batch["image"], batch["present"])
+    return jax.tree.map(lambda x: 0.5 * some(*x.shape), shapes)
+
+
+@jax.jit
+def predict(params, image, present):
+    return apply(NETWORK, params, image, present)
+
+
+@functools.partial(jax.jit, static_argnames="dice")
+def loss(params, batch, key, dice=0.0):
+    return unet.loss(NETWORK, params, batch, key, dice=dice)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+@pytest.mark.parametrize("space", [(8, 16), (4, 8, 8)])
+def test_shapes(space, factor):
+    net = unet.UNet(K, (4, 8), factor)
+    arrays = jnp.zeros((B, M, *space)), jnp.ones((B, M), bool)
+    logits = jax.eval_shape(net.init_with_output, jax.random.key(0), *arrays)[0]
+    assert logits.shape == (B, *space, K)
+
+
+def test_a_missing_modality_is_not_seen_but_known_to_be_missing(params):
+    image = some(B, M, SIZE, SIZE)
+    garbage, zero = image.copy(), image.copy()
+    garbage[:, 1], zero[:, 1] = 1e4, 0
+    absent = np.array([[True, False, True]] * B)
+    missing = predict(params, image, absent)
+    np.testing.assert_array_equal(predict(params, garbage, absent), missing)
+    assert np.any(np.abs(missing - predict(params, zero, ~absent | absent)) > 1e-3)
+
+
+def test_training_drops_modalities(params):
+    """The loss is the cross-entropy under the subsets that `modality_dropout` draws, and these differ with the key."""
+    batch = batch_of()
+    body = batch["body"]
+    seen = []
+    for seed in range(4):
+        key = jax.random.key(seed)
+        present = jax.jit(modality_dropout)(key, batch["present"])
+        log_p = np.asarray(jax.nn.log_softmax(predict(params, batch["image"], present), axis=-1))
+        ce = -np.take_along_axis(log_p, batch["label"][..., None], axis=-1)[..., 0]
+        per_case = (ce * body).sum((1, 2)) / body.sum((1, 2))
+        value, figures = loss(params, batch, key)
+        np.testing.assert_allclose(value, np.mean(batch["weight"] * per_case), rtol=1e-4)
+        assert figures["ce"] == value
+        seen.append(float(value))
+    assert len(set(seen)) > 1
+
+
+def test_padding_and_unlabelled_slots_do_not_count(params):
+    batch, other = batch_of(), batch_of()
+    batch["valid"] = other["valid"] = np.array([True, False])
+    other["label"][1] = -1
+    other["image"][1] = 50
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(loss(params, batch, key)[0], loss(params, other, key)[0])
+    other["valid"] = np.array([True, True])
+    np.testing.assert_array_equal(loss(params, batch, key)[0], loss(params, other, key)[0])
+
+
+def test_validation_keeps_all_modalities(params):
+    batch = batch_of()
+    value = jax.jit(functools.partial(unet.validate, NETWORK))(params, batch)
+    log_p = np.asarray(jax.nn.log_softmax(predict(params, batch["image"], batch["present"]), axis=-1))
+    ce = -np.take_along_axis(log_p, batch["label"][..., None], axis=-1)[..., 0] * batch["body"]
+    np.testing.assert_allclose(value, ce.sum((1, 2)) / batch["body"].sum((1, 2)), rtol=1e-4)
+
+
+def test_members_under_vmap_are_those_run_one_by_one():
+    batch = batch_of()
+    keys = jax.random.split(jax.random.key(0), 3)
+    stacked = jax.jit(jax.vmap(NETWORK.init, in_axes=(0, None, None)))(keys, batch["image"], batch["present"])
+    together = jax.jit(jax.vmap(predict, in_axes=(0, None, None)))(stacked, batch["image"], batch["present"])
+    for i in range(3):
+        member = jax.tree.map(lambda x, i=i: x[i], stacked)
+        alone = predict(member, batch["image"], batch["present"])
+        np.testing.assert_allclose(together[i], alone, rtol=1e-4, atol=1e-5)
+    spread = np.std(together, axis=0)
+    assert np.mean(spread) > 0.01  # each starts elsewhere
+
+
+def test_soft_dice_by_hand():
+    p = np.float32([[[0.5, 0.5, 0.0], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1], [0.0, 0.0, 1.0]]])
+    label, inside = np.int32([[0, 2, 1, 1]]), np.float32([[1, 1, 1, 0]])
+    logits = np.log(np.maximum(p, 1e-12))
+    # Class 1: overlap .8, sizes 1.5 + 1. Class 2: overlap .6, sizes .7 + 1. Background does not enter.
+    expected = 1 - np.mean([(2 * 0.8 + 1) / (2.5 + 1), (2 * 0.6 + 1) / (1.7 + 1)])
+    dice = jax.jit(unet.soft_dice)
+    np.testing.assert_allclose(dice(logits, label, inside), [expected], rtol=1e-5)
+    perfect = 50 * np.eye(K, dtype=np.float32)[label]
+    np.testing.assert_allclose(dice(perfect, label, inside), [0.0], atol=1e-6)
+
+
+def test_dice_is_added_at_its_weight(params):
+    batch, key = batch_of(), jax.random.key(1)
+    present = jax.jit(modality_dropout)(key, batch["present"])
+    logits = predict(params, batch["image"], present)
+    dice = jax.jit(unet.soft_dice)(logits, batch["label"], batch["body"].astype(np.float32))
+    value, figures = loss(params, batch, key, dice=0.5)
+    np.testing.assert_allclose(value - figures["ce"], 0.5 * np.mean(batch["weight"] * dice), rtol=1e-3)

@@ -1,0 +1,422 @@
+"""EnTrust as a whole: what must be exactly zero, exactly equal or exactly unseen, on tiny networks with random weights."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from entrust_jax import model as entrust
+from entrust_jax.enfuse import objective as enfuse_objective
+from entrust_jax.enfuse.fusion import pool_maps
+from entrust_jax.layers import apply
+from entrust_jax.model import EnTrust
+from entrust_jax.scores import case_mean, cross_entropy
+
+B, M, K, SIZE = 2, 3, 3, 16
+LOW, HIGH = -12.0, 8.0
+
+
+def network(modalities: int = M, factor: int = 2) -> EnTrust:
+    return EnTrust(modalities, K, widths=(4, 8, 8), d_c=4, d_u=3, factor=factor, head_dropout=0.2, b=0.2)
+
+
+NETWORK = network()
+
+
+def some(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def batch_of(b: int = B, modalities: int = M, space: tuple[int, ...] = (SIZE, SIZE)) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    body = np.ones((b, *space), bool)
+    body[:, :2] = False
+    return {
+        "image": some(b, modalities, *space),
+        "present": np.ones((b, modalities), bool),
+        "label": rng.integers(0, K, size=(b, *space)).astype(np.int32),
+        "body": body,
+        "coordinates": rng.uniform(-1, 1, size=(b, *space, 3)).astype(np.float32),
+        "weight": np.linspace(0.5, 1.5, b).astype(np.float32),
+        "valid": np.ones(b, bool),
+        "case": np.arange(b, dtype=np.int32),
+        "slice": np.zeros(b, np.int32),
+    }
+
+
+def random_params(net: EnTrust, batch: dict[str, np.ndarray]):
+    """Random in every entry (nothing is closed by a zero initialisation), without compiling `init`."""
+    shapes = jax.eval_shape(net.init, {"params": jax.random.key(0), "dropout": jax.random.key(0)}, batch, jax.random.key(0))
+    return jax.tree.map(lambda x: 0.5 * some(*x.shape), shapes)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(NETWORK, batch_of())
+
+
+@functools.partial(jax.jit, static_argnames="net")
+def encode(params, image, coordinates, net=NETWORK):
+    return apply(net, params, image, coordinates, method="encode")
+
+
+@functools.partial(jax.jit, static_argnames="net")
+def fuse(params, evidence, availability, net=NETWORK):
+    return apply(net, params, evidence, availability, method="fuse")
+
+
+@functools.partial(jax.jit, static_argnames="net")
+def denoise(params, x_t, log_snr, condition, net=NETWORK):
+    return apply(net, params, x_t, log_snr, condition, method="denoise")
+
+
+X, LOG_SNR = some(B, SIZE, SIZE, K, seed=5), np.float32([LOW, 2])
+ONES = np.ones((B, M, SIZE, SIZE), np.float32)
+
+
+def run(params, batch, availability):
+    """(evidence, condition, logits)."""
+    evidence = encode(params, batch["image"], batch["coordinates"])
+    condition = fuse(params, evidence, availability)
+    return evidence, condition, denoise(params, X, LOG_SNR, condition)
+
+
+# Conflict features ------------------------------------------------------------------------------------------------
+
+
+def tied(params):
+    """One stem, e_m, a_m and W_u for all modalities."""
+    p = dict(params["params"])
+    encoder = dict(p["encoder"])
+    encoder |= {f"stem_{m}": encoder["stem_0"] for m in range(M)}
+    for name in ("modality", "unimodal_bias", *(f"specific_{s}" for s in range(3))):
+        encoder[name] = np.broadcast_to(encoder[name][:1], encoder[name].shape)
+    return {"params": p | {"encoder": encoder}}
+
+
+def test_equal_encodings_have_no_conflict_features(params):
+    batch = batch_of()
+    batch["image"] = np.broadcast_to(batch["image"][:, :1], batch["image"].shape)
+    same = run(tied(params), batch, ONES)[1]
+    for x in (*same.fused.F_cf, *same.projections.modulation, same.fused.kappa):
+        assert np.all(np.asarray(x) == 0)
+    # The same images through encoders of their own, or other images through one: conflict.
+    loose = run(params, batch, ONES)[1]
+    other = run(tied(params), batch_of(), ONES)[1]
+    assert all(np.any(np.asarray(x) != 0) for c in (loose, other) for x in c.fused.F_cf)
+
+
+@pytest.mark.parametrize("there", [0, 2])
+def test_a_single_modality_has_no_conflict_features(params, there):
+    mu = np.zeros_like(ONES)
+    mu[:, there] = 1
+    condition = run(params, batch_of(), mu)[1]
+    for x in (*condition.fused.F_cf, *condition.projections.modulation, condition.fused.kappa):
+        assert np.all(np.asarray(x) == 0)
+
+
+# Missing modalities -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_missing_is_not_seen_to_the_last_bit(params):
+    mu = ONES.copy()
+    mu[0, 1] = mu[1, 2] = mu[1, 0] = 0
+    batch, garbage = batch_of(), batch_of()
+    garbage["image"] = np.where(mu > 0, garbage["image"], 1e4 * some(*ONES.shape, seed=8))
+    (evidence, one, logits), (other, two, garbage_logits) = run(params, batch, mu), run(params, garbage, mu)
+    assert np.any(evidence.c[0] != other.c[0])
+    for name in ("F_c", "F_u", "F_cf", "weights", "kappa", "kappa_pairs", "js", "present"):
+        for a, b in zip(jax.tree.leaves(getattr(one.fused, name)), jax.tree.leaves(getattr(two.fused, name)), strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, one.projections, two.projections)
+    np.testing.assert_array_equal(logits, garbage_logits)
+    here = mu[:, :, 0, 0] > 0
+    for name in ("posterior", "support"):  # these are by modality: what is there is as before
+        np.testing.assert_array_equal(np.asarray(getattr(one.fused, name))[here], np.asarray(getattr(two.fused, name))[here])
+
+
+def test_with_nothing_available_the_denoiser_still_answers(params):
+    _, condition, logits = run(params, batch_of(), 0 * ONES)
+    assert np.all(np.isfinite(logits))
+    for x in (*condition.fused.F_c, *condition.fused.F_cf, condition.fused.kappa, condition.fused.js):
+        assert np.all(np.asarray(x) == 0)
+    other = batch_of()
+    other["image"] = 3 * other["image"]
+    np.testing.assert_array_equal(run(params, other, 0 * ONES)[2], logits)  # the null condition sees no image
+
+
+# Caching ----------------------------------------------------------------------------------------------------------
+
+
+def count(jaxpr, name: str) -> int:
+    """How often a primitive occurs in a jaxpr and in those inside it."""
+    total = sum(equation.primitive.name == name for equation in jaxpr.eqns)
+    return total + sum(count(inner, name) for inner in jax.core.jaxprs_in_params_of(jaxpr)) if False else total + sum(
+        count(inner, name) for equation in jaxpr.eqns for inner in _inner(equation)
+    )
+
+
+def _inner(equation):
+    for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+        if hasattr(value, "jaxpr"):
+            yield value.jaxpr
+        elif hasattr(value, "eqns"):
+            yield value
+
+
+def test_a_denoising_step_repeats_none_of_the_encoding(params):
+    batch = batch_of()
+    evidence = encode(params, batch["image"], batch["coordinates"])
+    condition = fuse(params, evidence, ONES)
+    own = {"params": {"denoiser": params["params"]["denoiser"]}}
+    step = jax.make_jaxpr(lambda p, c: apply(NETWORK, p, X_, LOG_SNR_, c, method="denoise"))(own, condition)
+    scales = len(NETWORK.widths)
+    # Entry and two blocks a scale, one block a scale on the way up, the logits; 1x1 maps are matrix products.
+    assert count(step.jaxpr, "conv_general_dilated") == 3 * scales + (scales - 1) + 1
+    whole = jax.make_jaxpr(lambda p: apply(NETWORK, p, jnp.asarray(batch["image"]), jnp.asarray(batch["coordinates"]), method="encode"))
+    assert count(whole(params).jaxpr, "conv_general_dilated") >= 2 * M + 3 * scales - 2
+    # What is left of the parameters is enough, and the answer is that of the whole model.
+    np.testing.assert_array_equal(denoise(own, X, LOG_SNR, condition), denoise(params, X, LOG_SNR, condition))
+
+
+X_, LOG_SNR_ = jnp.asarray(X), jnp.asarray(LOG_SNR)
+
+
+def test_the_cached_condition_equals_the_recomputed_one(params):
+    @jax.jit
+    def at_once(params, image, coordinates, availability, x, log_snr):
+        evidence = apply(NETWORK, params, image, coordinates, method="encode")
+        condition = apply(NETWORK, params, evidence, availability, method="fuse")
+        return apply(NETWORK, params, x, log_snr, condition, method="denoise")
+
+    batch = batch_of()
+    _, condition, logits = run(params, batch, ONES)
+    recomputed = at_once(params, batch["image"], batch["coordinates"], ONES, X, LOG_SNR)
+    np.testing.assert_allclose(recomputed, logits, rtol=1e-4, atol=1e-4)
+    again = denoise(params, X[::-1], LOG_SNR, condition)  # another step from the same cache
+    assert np.any(np.abs(again - logits) > 1e-2)
+
+
+# Locality ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_padding_a_case_changes_nothing_beyond_the_rim(factor):
+    """Norms are voxel by voxel and convolutions local, so that more zeros around an image cannot reach its inside.
+
+    They do reach the rim that the receptive field covers: the outside of an image is zero only to the first layer, for
+    biases and shifts make features of air differ from the zeros that convolutions pad with. One spatial axis will do.
+    """
+    net = network(factor=factor)
+    pad, length = 8 * factor, 192 * factor
+    batch = batch_of(1, M, (length,))
+    params = random_params(net, batch)
+
+    def out(left: int, right: int):
+        space = ((left, right),)
+        image = np.pad(batch["image"], ((0, 0), (0, 0), *space))
+        coordinates = np.pad(batch["coordinates"], ((0, 0), *space, (0, 0)))
+        x = np.pad(some(1, length, K, seed=3), ((0, 0), *space, (0, 0)))
+        condition = fuse(params, encode(params, image, coordinates, net=net), np.ones_like(image), net=net)
+        logits = denoise(params, x, LOG_SNR[1:], condition, net=net)
+        inside = slice(left, left + length)
+        fused = condition.fused
+        return logits[0, inside], fused.kappa[0, inside], np.moveaxis(fused.posterior, 2, 1)[0, inside]
+
+    rim = 64 * factor
+    for plain, padded in zip(out(0, 2 * pad), out(pad, pad), strict=True):
+        np.testing.assert_allclose(plain[rim:-rim], padded[rim:-rim], rtol=1e-4, atol=1e-4)
+        assert np.std(plain[rim:-rim]) > 1e-3
+
+
+# The objectives ---------------------------------------------------------------------------------------------------
+
+TERMS = ("diffusion", "uni", "con", "rec", "prior", "xcov", "align", "var", "loss")
+
+
+@jax.jit
+def figures_and_gradients(params, batch, key):
+    """Every term of stage 2a's loss, and its gradient: (values, trees with a leading axis of terms)."""
+
+    def figures(p):
+        found = entrust.segdiff_loss(NETWORK, p, batch, key, low=LOW, high=HIGH, draws=2)[1]
+        return jnp.stack([found[name] for name in TERMS])
+
+    values, pull = jax.vjp(figures, params)
+    return values, jax.vmap(lambda row: pull(row)[0])(jnp.eye(len(TERMS)))
+
+
+def moved(gradient, term: str, *path: str) -> bool:
+    """Whether a term has any gradient in the parameters under a path."""
+    tree = functools.reduce(lambda node, name: node[name], path, gradient["params"])
+    return any(np.any(np.asarray(x)[TERMS.index(term)] != 0) for x in jax.tree.leaves(tree))
+
+
+def test_gradient_firewall(params):
+    """Only L_uni moves the unimodal heads, only L_pi the prior: else kappa would become a hidden channel."""
+    values, gradient = figures_and_gradients(params, batch_of(), jax.random.key(0))
+    assert np.all(np.isfinite(values))
+    for term in TERMS:
+        for name in ("unimodal", "unimodal_bias"):
+            assert moved(gradient, term, "encoder", name) == (term in ("uni", "loss")), (term, name)
+        assert moved(gradient, term, "encoder", "prior") == (term == "prior"), term
+    # The paths that must be open are: else the zeros above would prove nothing.
+    for path in (("encoder", "stem_1"), ("encoder", "trunk"), ("encoder", "specific_0"), ("encoder", "reliability_0")):
+        assert moved(gradient, "diffusion", *path), path
+    for path in (("fusion", "psi_0_in"), ("fusion", "psi_2_out"), ("projection",), ("denoiser", "logits")):
+        assert moved(gradient, "diffusion", *path), path
+    assert moved(gradient, "uni", "encoder", "trunk")
+    assert not moved(gradient, "uni", "fusion")
+    assert not any(moved(gradient, term, "denoiser") for term in TERMS if term not in ("diffusion", "loss"))
+    assert moved(gradient, "rec", "auxiliary", "reconstruct_in")
+    assert moved(gradient, "con", "auxiliary", "consensus")
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_losses_are_finite_with_one_or_no_modality(params, there):
+    batch = batch_of()
+    batch["present"] = np.arange(M)[None].repeat(B, axis=0) < there
+    batch["label"][1] = -1  # and with a case that has no label
+    values, gradient = figures_and_gradients(params, batch, jax.random.key(1))
+    assert np.all(np.isfinite(values))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradient))
+    if not there:
+        assert values[TERMS.index("uni")] == 0
+
+
+@jax.jit
+def stage_1(params, batch, progress):
+    return entrust.enfuse_loss(NETWORK, params, batch, jax.random.key(3), progress)
+
+
+def test_stage_1_ramps_independence_in_and_closes_the_gate(params):
+    batch = batch_of()
+    found = {progress: stage_1(params, batch, progress) for progress in (0.0, 0.1, 1.0)}
+    for progress, (loss, figures) in found.items():
+        terms = {name: float(figures[name]) for name in enfuse_objective.WEIGHTS}
+        ramp = {"xcov": min(1.0, progress / entrust.XCOV_SHARE)}
+        expected = sum(enfuse_objective.WEIGHTS[n] * ramp.get(n, 1.0) * v for n, v in terms.items())
+        np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    assert found[0.0][1]["xcov"] != found[1.0][1]["xcov"]  # F_cf is part of it, and rho opens its gate
+    for name in ("uni", "con", "prior", "rec"):
+        np.testing.assert_allclose(found[0.0][1][name], found[1.0][1][name], rtol=1e-5)
+
+
+def test_labels_outside_the_body_and_padding_slots_do_not_count(params):
+    batch, other = batch_of(), batch_of()
+    batch["valid"] = other["valid"] = np.array([True, False])
+    other["label"] = np.where(other["body"], other["label"], 2 - other["label"])
+    other["label"][1] = 0
+    other["weight"] = np.float32([batch["weight"][0], 100])
+    one, two = stage_1(params, batch, 1.0)[1], stage_1(params, other, 1.0)[1]
+    for name in ("uni", "con", "prior", "rec", "xcov", "align", "var"):
+        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+
+
+@pytest.mark.parametrize("space", [(16,), (16, 8), (8, 8, 8)])
+@pytest.mark.parametrize("modalities", [1, 2])
+def test_losses_take_any_number_of_axes_and_modalities(space, modalities):
+    net, batch = network(modalities, factor=1), jax.tree.map(jnp.asarray, batch_of(2, modalities, space))
+    params = jax.eval_shape(net.init, {"params": jax.random.key(0), "dropout": jax.random.key(0)}, batch, jax.random.key(0))
+    loss = functools.partial(entrust.segdiff_loss, net, low=LOW, high=HIGH, draws=2)
+    first, _ = jax.eval_shape(functools.partial(entrust.enfuse_loss, net), params, batch, jax.random.key(0), 0.5)
+    second, figures = jax.eval_shape(loss, params, batch, jax.random.key(0))
+    assert first.shape == second.shape == ()
+    assert figures["ce_sum"].shape == figures["ce_count"].shape
+
+
+def test_samples_of_all_scales_lie_on_one_grid():
+    """A map that is constant on the blocks of the strided scale gives the same samples whatever the scale."""
+    n = 2**entrust.STRIDED_SCALE
+    blocks = some(2, 16 // n, 16 // n, 3)
+    finest = np.repeat(np.repeat(blocks, n, axis=1), n, axis=2)
+    expected = blocks.reshape(2, -1, 3)
+    for scale in range(4):
+        x = finest.reshape(2, 16 // 2**scale, 2**scale, 16 // 2**scale, 2**scale, 3).mean(axis=(2, 4))
+        got = entrust._samples(jnp.asarray(x), scale)
+        assert got.shape == expected.shape
+        if scale <= entrust.STRIDED_SCALE:
+            np.testing.assert_allclose(got, expected, rtol=1e-5)
+    whole = jnp.arange(16.0)[None, :, None, None] * 100 + jnp.arange(16.0)[None, None, :, None]
+    np.testing.assert_array_equal(entrust._samples(whole, 0)[0, :5, 0], [202, 206, 210, 214, 602])
+
+
+def test_cross_reconstruction_swaps_in_another_available_consensus(params):
+    batch, mu = batch_of(8), np.ones((8, M, SIZE, SIZE), np.float32)
+    mu[:4, 1] = 0
+    evidence = encode(params, batch["image"], batch["coordinates"])
+    fused = fuse(params, evidence, mu).fused
+    cross = jax.jit(entrust._cross_consensus, static_argnums=3)
+    kappa = np.asarray(pool_maps(fused.kappa_pairs, 4))
+    pair = {frozenset(p): i for i, p in enumerate(itertools.combinations(range(M), 2))}
+    swaps = plain = 0
+    for seed in range(4):
+        cbar, weight = map(np.asarray, cross(jax.random.key(seed), evidence, fused, 2))
+        for b, m in itertools.product(range(8), range(M)):
+            if np.array_equal(cbar[b, m], fused.F_c[1][b]):
+                assert np.all(weight[b, m] == 1)
+                plain += 1
+                continue
+            (n,) = [n for n in range(M) if np.array_equal(cbar[b, m], evidence.c[1][b, n])]
+            assert n != m
+            assert fused.present[b, n] == 1
+            np.testing.assert_allclose(weight[b, m], 1 - kappa[b, pair[frozenset((m, n))]], atol=1e-6)
+            swaps += 1
+    assert 0.25 < swaps / (swaps + plain) < 0.75
+
+
+def test_reconstruction_error_by_hand():
+    image, redrawn = some(1, 2, 8, 8), some(1, 2, 4, 4, seed=1)
+    body, weight = np.ones((1, 8, 8), np.float32), np.full((1, 2, 4, 4), 0.5, np.float32)
+    body[:, :4] = 0
+    weight[:, :, 3] = 1.0
+    present = np.float32([[1, 0]])
+    target = image.reshape(1, 2, 4, 2, 4, 2).mean(axis=(3, 5))
+    error = np.abs(redrawn - target)[0, 0]
+    expected = (0.5 * error[2].sum() + error[3].sum()) / (0.5 * 4 + 4)
+    got = jax.jit(entrust._reconstruction, static_argnums=5)(redrawn, image, weight, body, present, 1)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+# Validation -------------------------------------------------------------------------------------------------------
+
+
+def test_validation_figures_belong_to_their_cases(params):
+    """They do not change with the batch, see the available modalities only, and are plain cross-entropies in the body."""
+    check = jax.jit(functools.partial(entrust.validate, NETWORK))
+    levels, key = np.float32([LOW, 0.0]), jax.random.key(0)
+    batch = batch_of()
+    batch["present"] = np.array([[True, True, False], [True, True, True]])
+    ce, unimodal, kappa = check(params, batch, levels, key)
+    turned = check(params, {name: value[::-1] for name, value in batch.items()}, levels, key)
+    for a, b in zip((ce, unimodal, kappa), turned, strict=True):
+        np.testing.assert_allclose(a, np.flip(b, axis=-1), rtol=1e-5)
+    evidence, mu = encode(params, batch["image"], batch["coordinates"]), ONES * batch["present"][..., None, None]
+    body = batch["body"].astype(np.float32)
+    expected = [
+        np.mean([
+            case_mean(cross_entropy(evidence.logits[:, m], batch["label"]), jnp.asarray(body))[b]
+            for m in range(M) if batch["present"][b, m]
+        ])
+        for b in range(B)
+    ]  # fmt: skip
+    np.testing.assert_allclose(unimodal, expected, rtol=1e-4)
+    fused = fuse(params, evidence, mu).fused
+    np.testing.assert_allclose(kappa, (np.asarray(fused.kappa) * body).sum((1, 2)) / body.sum((1, 2)), rtol=1e-4)
+    # With the last layer as initialised the denoiser's cross-entropy is known.
+    p = params["params"]
+    logits = {"Conv_0": {"kernel": 0 * p["denoiser"]["logits"]["Conv_0"]["kernel"], "bias": np.tile(np.float32([3, 0, 0]), 4)}}
+    at_start = {"params": p | {"denoiser": p["denoiser"] | {"logits": logits}}}
+    log_p = np.array([3.0, 0, 0]) - np.log(np.exp(3.0) + 2)
+    known = [(-log_p[batch["label"][b]] * body[b]).sum() / body[b].sum() for b in range(B)]
+    np.testing.assert_allclose(check(at_start, batch, levels, key)[0], np.stack([known, known]), rtol=1e-4)
+
+
+def test_noise_is_that_of_the_case():
+    noise = jax.jit(entrust.noise_of_cases, static_argnums=2)
+    one, two = noise(jax.random.key(0), np.int32([3, 7]), (4, 2)), noise(jax.random.key(0), np.int32([7, 9]), (4, 2))
+    np.testing.assert_array_equal(one[1], two[0])
+    assert np.all(np.asarray(one[0]) != np.asarray(one[1]))

@@ -1,0 +1,315 @@
+"""The trainer's parts: what a step changes, what stops a run, what a folder keeps and refuses."""
+
+import contextlib
+import functools
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import nibabel
+import numpy as np
+import optax
+import pytest
+
+from configs import brats, glioma, phantom
+from entrust_jax import api, cli, train
+from entrust_jax.data import dataset, pipeline
+from entrust_jax.errors import UserError
+from entrust_jax.runtime import checkpoint, logs, mesh, state
+
+
+def quadratic(params, batch, key, step):
+    del key, step
+    value = jnp.sum(jnp.square(params["w"] - batch["x"]))
+    return value, {"loss": value}
+
+
+def kink(params, batch, key, step):
+    """Finite where its gradient is not: the square root at 0."""
+    del key, step
+    value = jnp.sqrt(jnp.sum(params["w"] * batch["x"]))
+    return value, {"loss": value}
+
+
+@pytest.mark.parametrize(
+    ("loss", "x", "finite"), [(quadratic, 2.0, True), (quadratic, np.inf, False), (kink, 0.0, False)]
+)
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(loss, x, finite):
+    tx = optax.adamw(0.1)
+    old = state.create({"w": jnp.arange(1.0, 4.0)}, tx)
+    old = old.replace(ema=jax.tree.map(lambda leaf: leaf + 1, old.params))  # so that an update would show
+    batch = {"x": jnp.full(3, x)}
+    new, figures = jax.jit(functools.partial(train.train_step, loss=loss, tx=tx, decay=0.9))(
+        old, batch, jax.random.key(0)
+    )
+    assert bool(figures["finite"]) == finite and int(new.step) == 1
+    changed = [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)]
+    assert sum(changed) == (6 if finite else 1)  # step; then params, ema, and count, mu and nu of Adam
+    if finite:  # EMA with the ramp of its decay, (1 + 0) / (10 + 0) at step 0
+        np.testing.assert_allclose(new.ema["w"], old.ema["w"] + 0.9 * (new.params["w"] - old.ema["w"]), rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def config():
+    """configs/phantom.py, shrunk, with the plain U-Net for its method."""
+    values = phantom.get_config()
+    values.method = "unet"
+    values.data.patch = (16, 16)
+    values.data.phantom.update(cases=(12, 2, 2, 2), size=(20, 20), sites=1, radius=2.0, jitter=0.0)
+    values.unet.widths = (4, 8)
+    values.train.update(batch=8, unet_steps=6, eval_every=2, log_every=1, val_slices=8, ema=0.9)
+    return values
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    """All that run_stage needs, compiled once: an object with stage, step, network, volumes and devices."""
+    devices, network = mesh.data_mesh(), api.network_of(config)
+    (stage,) = train.plan_stages(config, network)
+    spec = dataset.phantom_spec(config.data)
+    numbers = {"train": range(12), "val": range(12, 14), "calibration": range(14, 16)}
+    return types.SimpleNamespace(
+        devices=devices,
+        network=network,
+        stage=stage,
+        step=train.compile_step(config, network, stage, devices),
+        volumes={part: dataset.phantom.volumes(spec, which, 0) for part, which in numbers.items()},
+    )
+
+
+def begin(config, run):
+    tx = train.optimiser(config, run.stage)
+    init = jax.jit(lambda: train.initial_state(config, tx), out_shardings=mesh.replicated(run.devices))
+    return init()
+
+
+def go(config, run, workdir, start, volumes=None, should_stop=lambda step: False):
+    with (
+        contextlib.closing(checkpoint.open_manager(workdir / "last")) as last,
+        contextlib.closing(checkpoint.open_manager(workdir / "best")) as best,
+    ):
+        return train.run_stage(
+            config, workdir, run.network, run.stage, run.step, start, volumes or run.volumes, run.devices,
+            last, best, should_stop,
+        )  # fmt: skip
+
+
+def planted(volumes, which, value):
+    """The volumes with one voxel of one case replaced, as if reading had let it pass."""
+    images = [volume.image.copy() for volume in volumes]
+    at = tuple(np.argwhere(volumes[which].body)[0])
+    images[which][(0, *at)] = value
+    fields = [{**vars(volume), "image": image} for volume, image in zip(volumes, images, strict=True)]
+    return [type(volume)(**values) for volume, values in zip(volumes, fields, strict=True)]
+
+
+def test_an_infinite_voxel_skips_its_steps_and_names_its_case(config, run, tmp_path, capsys):
+    bad = 5
+    volumes = run.volumes | {"train": planted(run.volumes["train"], bad, np.inf)}
+    final = go(config, run, tmp_path, begin(config, run), volumes)
+
+    # The same steps by hand, those with the bad case left out.
+    data = pipeline.training_dataset(
+        volumes["train"], batch=8, patch=(16, 16), seed=config.seed, foreground_share=config.data.foreground_share
+    )
+    expected, skipped = begin(config, run), []
+    for i in range(run.stage.steps):
+        batch = pipeline.batch_at(data, i)
+        if volumes["train"][bad].number in batch["case"]:
+            skipped.append(i + 1)
+            expected = expected.replace(step=expected.step + 1)
+        else:
+            placed = train.place(config, batch, 1, run.devices)
+            expected, _ = run.step.call(expected, placed, train.step_key(config, run.stage))
+    assert 0 < len(skipped) < run.stage.steps  # the seed shows both
+    for ours, theirs in zip(jax.tree.leaves(final), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert [int(line.split()[2].rstrip(":")) for line in warnings] == skipped
+    assert all("not finite" in line and volumes["train"][bad].name in line for line in warnings)
+    rows = logs.read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, run.stage.steps + 1))
+    assert [row["step"] for row in rows if row["loss"] is None] == skipped
+
+
+def test_a_run_that_only_fails_gives_up_and_names_the_cases(config, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "MAX_BAD_STEPS", 3)
+    volumes = run.volumes["train"]
+    for which in range(len(volumes)):
+        volumes = planted(volumes, which, np.nan)
+    with pytest.raises(UserError, match=r"3 steps in a row were not finite.*PHANTOM_000") as error:
+        go(config, run, tmp_path, begin(config, run), run.volumes | {"train": volumes})
+    assert "\n" not in str(error.value)
+
+
+def test_a_stage_that_is_stopped_goes_on_to_the_same_bits(config, run, tmp_path, capsys):
+    whole = go(config, run, tmp_path / "whole", begin(config, run))
+    with pytest.raises(SystemExit) as left:
+        go(config, run, tmp_path / "parts", begin(config, run), should_stop=lambda step: step == 3)
+    assert left.value.code == cli.TERMINATED
+    assert "stopped at step 3 and saved; run the same command to go on" in capsys.readouterr().err
+    with contextlib.closing(checkpoint.open_manager(tmp_path / "parts" / "last")) as last:
+        restored, meta = checkpoint.restore_last(last, run.step.abstract)
+    assert meta == {"stage": "unet", "step": 3}
+    parts = go(config, run, tmp_path / "parts", restored)
+    for ours, theirs in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
+    assert rows[0] == rows[1]
+
+
+def test_a_stop_at_the_last_step_is_left_to_the_end_of_the_stage(config, run, tmp_path):
+    asked = []
+    go(config, run, tmp_path, begin(config, run), should_stop=asked.append)
+    assert asked == [1, 2, 3, 4, 5]  # train_network asks at 6, after the next stage's state is saved
+
+
+def test_only_a_better_score_of_the_stage_is_kept(tmp_path):
+    stages = [types.SimpleNamespace(name=name) for name in ("enfuse", "segdiff")]
+    kept = []
+    with contextlib.closing(checkpoint.open_manager(tmp_path)) as best:
+        scores = [(0, 2.0), (0, 3.0), (0, float("nan")), (0, 1.0), (1, 5.0), (1, 6.0), (1, 4.0)]
+        for step, (stage, score) in enumerate(scores):
+            train.keep_best(best, stages[stage], step, {"w": jnp.float32(step)}, score)
+            kept.append(checkpoint.read_meta(best)["step"])
+    assert kept == [0, 0, 0, 3, 4, 4, 6]
+
+
+def entrust_config():
+    values = phantom.get_config()
+    values.data.patch = (16, 16)
+    values.model.update(widths=(4, 8), d_c=4, d_u=4)
+    return values
+
+
+def test_each_stage_moves_its_own_parameters():
+    config = entrust_config()
+    stages = train.plan_stages(config, api.network_of(config))
+    assert [(stage.name, stage.begin) for stage in stages] == [("enfuse", 0), ("segdiff", config.train.enfuse_steps)]
+    shapes = jax.eval_shape(lambda: api.init_params(config, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
+
+    def sizes(stage):
+        """The largest update of each group in the second step (the first has rate 0) on a gradient of ones."""
+        tx = train.optimiser(config, stage)
+        opt_state = tx.init(params)
+        for _ in range(2):
+            updates, opt_state = tx.update(params, opt_state, params)
+        found = {"enfuse": [], "prior": [], "segdiff": []}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
+            found[train.parameter_group(path)].append(np.abs(leaf).max())
+        return {name: max(values) for name, values in found.items()}
+
+    first, second = map(sizes, stages)
+    assert first["segdiff"] == 0 and first["enfuse"] == first["prior"] > 0
+    assert second["prior"] == 0 and second["segdiff"] > 0
+    assert second["enfuse"] == pytest.approx(train.SLOW * second["segdiff"], rel=1e-5)
+
+
+def test_figures_of_a_step():
+    figures = {
+        "loss": jnp.asarray([1.0, 3.0]),
+        "ce_sum": jnp.asarray([2.0, 0.0, 6.0]),
+        "ce_count": jnp.asarray([4.0, 0.0, 2.0]),
+    }
+    assert train.summarise(figures, None) == {"loss": 2.0, "ce/bin_0": 0.5, "ce/bin_2": 3.0}  # no case in bin 1
+
+
+# The folder ---------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_belongs_to_one_config_but_its_data_may_move(config, tmp_path):
+    train.check(tmp_path, config)
+    train.claim(tmp_path, config)
+    assert json.loads((tmp_path / "version.json").read_text())["jax"] == jax.__version__
+    moved = config.copy_and_resolve_references()
+    moved.data.dir = "elsewhere"
+    train.check(tmp_path, moved)
+    moved.train.learning_rate = 7.0
+    moved.seed = 1
+    with pytest.raises(UserError, match=r"config.json: was trained with seed=0, this config has 1 \(2 keys differ\)"):
+        train.check(tmp_path, moved)
+
+
+def test_an_unknown_method_names_those_there_are(config, tmp_path):
+    odd = config.copy_and_resolve_references()
+    odd.method = "magic"
+    with pytest.raises(UserError, match="config.method is 'magic'.*entrust, unet, deep_ensemble"):
+        train.check(tmp_path / "w", odd)
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("cases", [(8, 4, 9), (8, 4, 9, 0)])
+def test_a_phantom_needs_cases_in_every_part(config, cases):
+    data = config.data.copy_and_resolve_references()
+    data.phantom.cases = cases
+    with pytest.raises(UserError, match=r"config.data.phantom.cases is .*train, val, calibration, test"):
+        dataset.check(data)
+
+
+@pytest.mark.parametrize("folder", ["", "nowhere"])
+@pytest.mark.parametrize(
+    ("module", "source", "layout"),
+    [(brats, "synapse.org/brats", "NAME_flair.nii.gz"), (glioma, "Cancer Imaging Archive", "imagesTr/")],
+)
+def test_without_data_one_line_says_where_it_is_and_what_goes_without(module, source, layout, folder):
+    data = module.get_config().data
+    data.dir = folder
+    with pytest.raises(UserError) as error:
+        dataset.check(data)
+    for words in (source, layout, "--config.data.dir=FOLDER", "configs/brats.py:demo", folder):
+        assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Ten cases in nnU-Net layout, 8 x 8 x 3 voxels, and the config that reads them."""
+    config = glioma.get_config()
+    config.data.dir = str(tmp_path / "data")
+    folder = tmp_path / "data"
+    rng = np.random.default_rng(0)
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).mkdir(parents=True)
+    names = {"0": "T1", "1": "FLAIR", "2": "T1ce"}
+    (folder / "dataset.json").write_text(json.dumps({"channel_names": names, "file_ending": ".nii.gz"}))
+    for i in range(10):
+        for channel in range(3):
+            values = rng.normal(100, 20, (8, 8, 3)).astype(np.float32)
+            nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), folder / "imagesTr" / f"P{i}_000{channel}.nii.gz")
+        label = np.zeros((8, 8, 3), np.uint8)
+        label[2:5, 2:5, 1] = 1
+        nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), folder / "labelsTr" / f"P{i}.nii.gz")
+    return config
+
+
+def test_a_truncated_scan_is_named_and_the_rest_is_read(scans, tmp_path, capsys):
+    parts, _ = train.read_data(scans, tmp_path / "clean")
+    capsys.readouterr()
+    victim = parts["train"][0]
+    path = tmp_path / "data" / "imagesTr" / f"{victim}_0001.nii.gz"
+    path.write_bytes(path.read_bytes()[:-40])
+    again, volumes = train.read_data(scans, tmp_path / "w")
+    assert again == parts and json.loads((tmp_path / "w" / "splits.json").read_text())["train"] == parts["train"]
+    assert [volume.name for volume in volumes["train"]] == parts["train"][1:]
+    assert len(volumes["val"]) == len(parts["val"]) and len(volumes["calibration"]) == len(parts["calibration"])
+    printed = capsys.readouterr().out
+    (warning,) = [line for line in printed.splitlines() if "warning" in line]
+    assert str(path) in warning and "truncated" in warning and "left out" in warning
+
+
+def test_data_that_cannot_be_read_leaves_no_split_behind(scans, tmp_path):
+    kept = train.read_data(scans, tmp_path / "trained")[0]
+    for path in (tmp_path / "data" / "labelsTr").iterdir():
+        label = np.full((8, 8, 3), 3, np.uint8)
+        nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), path)
+    with pytest.raises(UserError, match=r"no case could be read.*label value 3 is not in config.data.label_map"):
+        train.read_data(scans, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+    with pytest.raises(UserError, match="no case could be read"):
+        train.read_data(scans, tmp_path / "trained")
+    assert json.loads((tmp_path / "trained" / "splits.json").read_text())["test"] == kept["test"]
+    scans.data.label_map = ((0, 0), (3, 1))  # the mend that the message names, in the same folder
+    assert train.read_data(scans, tmp_path / "w")[0] == kept
