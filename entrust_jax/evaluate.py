@@ -97,7 +97,11 @@ def common_targets(configs: Mapping[str, Any]) -> summary.Targets:
                 "compare models with equal config.data.classes"
             )
     regions = configs[first].data.get("regions") or {}
-    return summary.Targets(found[first], {str(region): tuple(members) for region, members in regions.items()})
+    return summary.Targets(
+        found[first],
+        {str(region): tuple(members) for region, members in regions.items()},
+        tuple(configs[first].data.modalities),
+    )
 
 
 def read_volumes(methods: Mapping[str, Any], data_dir: str | None, split: str) -> dict[str, list[Any]]:

@@ -374,7 +374,7 @@ def finish(
     e = e * volume.body
     border = calibration.signed_distance(raw["label"])
     out = {name: value for name, value in raw.items() if name not in ("kept", "slice_weight")}
-    out |= {"probability_raw": before, "probability": p_cal, "error_probability": e}
+    out |= {"present": volume.present, "probability_raw": before, "probability": p_cal, "error_probability": e}
     evidence: dict[str, Any] = {}
     if "conflict" in raw:
         out["cause"] = explanation.cause(e, raw["conflict"], raw["support"], border, volume.body, volume.present)

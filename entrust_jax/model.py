@@ -1,6 +1,7 @@
 """EnTrust: composes EnFuse and SegDiff; `encode`, `fuse` and `denoise` are its faces, the two losses its training."""
 
 import functools
+import math
 from typing import Any, no_type_check
 
 import flax.linen as nn
@@ -162,7 +163,7 @@ def _samples(x: Float[Array, "b *t d"], scale: int) -> Float[Array, "b n d"]:
     stride = 2 ** max(STRIDED_SCALE - scale, 0)
     index = (slice(None),) + (slice(stride // 2, None, stride),) * (x.ndim - 2)
     x = x[index]
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])  # not -1: a single modality has 0 pairs
 
 
 def _part_terms(evidence: Evidence, fused: Fused, body: Float[Array, "b *s"], factor: int) -> dict[str, Array]:

@@ -288,7 +288,7 @@ def test_mistakes_are_explained():
     evaluate.check_same_cases({"a": ["x"], "b": ["x"]}, "test")
 
     def config(*classes):
-        data = {"classes": classes, "regions": {"whole": (1,)}}
+        data = {"classes": classes, "regions": {"whole": (1,)}, "modalities": ("A", "B")}
         return types.SimpleNamespace(data=types.SimpleNamespace(**data, get=data.get))
 
     assert evaluate.common_targets({"a": config("bg", "x")}).headline() == ["whole"]
@@ -300,7 +300,7 @@ def test_flow_with_a_made_up_model(tmp_path, monkeypatch, capsys):
     cases = [volume(1), volume(0)]
     unlabelled = volume(2)
     unlabelled.label = None
-    data = {"classes": TARGETS.classes, "regions": dict(TARGETS.regions), "dir": "D"}
+    data = {"classes": TARGETS.classes, "regions": dict(TARGETS.regions), "dir": "D", "modalities": ("A", "B")}
     config = types.SimpleNamespace(data=types.SimpleNamespace(**data, get=data.get))
 
     def load(workdir):
@@ -329,3 +329,24 @@ def test_flow_with_a_made_up_model(tmp_path, monkeypatch, capsys):
     assert found["trained_on"]["A"] == ["case1"]
     with pytest.raises(errors.UserError, match="twice"):
         evaluate.load_methods([tmp_path / "A", tmp_path / "A"])
+
+
+def test_unimodal_dice_leaves_missing_modalities_out():
+    case = volume(1)
+    prediction = predict(case)
+    truth = np.eye(len(TARGETS.classes), dtype=np.float32)[np.maximum(case.label, 0)]
+    prediction["unimodal"] = np.stack([truth, np.roll(truth, 1, axis=-1)])
+    targets = summary.Targets(TARGETS.classes, TARGETS.regions, ("A", "B"))
+    roi = np.ones(case.label.shape, bool)
+
+    def score(present):
+        one = prediction | {"present": np.array(present)}
+        found = summary.score_case(
+            one, case.label, case.body, case.spacing, roi, targets, name="c", patient="p", permutations=10
+        )
+        return {key: value for key, value in found.values.items() if key.startswith("unimodal")}
+
+    both = score([True, True])
+    assert both["unimodal_dice/A"] == pytest.approx(1.0)
+    assert both["unimodal_dice/B"] < 0.5
+    assert set(score([True, False])) == {"unimodal_dice/A"}

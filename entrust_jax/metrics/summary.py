@@ -23,6 +23,7 @@ CONVENTIONS = {
     "dice": "per case in 3-D; mean over the regions (over the foreground classes "
     "where the config names no region); empty truth with empty prediction is "
     "left out and counted in empty",
+    "unimodal_dice": "dice of each modality's own posterior p_m, its likeliest class, over the cases that have it",
     "hd95": "mm, voxel-centre surface distances, face neighbours; max_of_directed = "
     "MONAI, pooled = MedPy; an empty mask on either side is left out and "
     "counted in empty",
@@ -59,10 +60,11 @@ CONVENTIONS = {
 
 @dataclass(frozen=True)
 class Targets:
-    """What is scored: class names (index 0 the background) and regions, name -> class indices."""
+    """What is scored: class names (index 0 the background), regions (name -> class indices), modality names."""
 
     classes: tuple[str, ...]
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    modalities: tuple[str, ...] = ()
 
     def foreground(self) -> list[int]:
         """Indices of the classes other than the background."""
@@ -125,7 +127,8 @@ def score_case(
     """Scores one case's prediction (a dict of arrays over the volume) against its label, -1 where unknown.
 
     Needs label [D,H,W], probability and probability_raw [D,H,W,K] (after and before calibration),
-    error_probability and entropy [D,H,W] and seconds; scores hypotheses [N,D,H,W], predicted_dice, gap with
+    error_probability and entropy [D,H,W] and seconds; scores hypotheses [N,D,H,W], unimodal [M,D,H,W,K]
+    with present [M], predicted_dice, gap with
     mean (p_bar [D,H,W,K]), divergence and conflict where they exist. Conflict is stratified by the entropy
     of one_step (p_1 [D,H,W,K]) if the prediction holds it, else by entropy. spacing in mm.
     """
@@ -148,6 +151,11 @@ def score_case(
     if prediction.get("predicted_dice") is not None:
         values["predicted_dice"] = float(prediction["predicted_dice"])
         values["predicted_dice_error"] = abs(values["predicted_dice"] - values["dice_by_class"])
+    if prediction.get("unimodal") is not None:
+        for m in np.flatnonzero(prediction["present"]):
+            alone = np.where(known, np.argmax(prediction["unimodal"][m], axis=-1), 0)
+            dice = _geometry_dice(alone, truth, targets)
+            values[f"unimodal_dice/{targets.modalities[m]}"] = dice
     hypotheses = prediction.get("hypotheses")
     if hypotheses is not None:
         values["hypothesis_diversity"] = distribution.diversity(hypotheses, targets.foreground(), "u")
@@ -195,6 +203,11 @@ def _geometry(
     for metric in ("dice", "hd95", "hd95_pooled"):
         values[metric] = _finite_mean([values[f"{metric}/{group}"] for group in targets.headline()])
     return values
+
+
+def _geometry_dice(delivered: Integer[np.ndarray, "*s"], truth: Integer[np.ndarray, "*s"], targets: Targets) -> float:
+    matrix = overlap.confusion(delivered, truth, len(targets.classes))
+    return _finite_mean([overlap.dice(matrix, targets.groups()[group]) for group in targets.headline()])
 
 
 def _probability_sums(
@@ -359,6 +372,9 @@ def summarise(cases: Sequence[Scores], targets: Targets, *, resamples: int = sta
     ):
         if key in done:
             summary[key] = done[key]
+    alone = {key.partition("/")[2]: one for key, one in done.items() if key.startswith("unimodal_dice/")}
+    if alone:
+        summary["unimodal_dice"] = alone
     if "tower_gap" in done:
         gap, bound = done["tower_gap"], done["tower_bound"]
         holds = None if gap["value"] is None else gap["value"] <= bound["value"]

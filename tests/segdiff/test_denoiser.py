@@ -62,9 +62,12 @@ def test_shapes(space, factor):
 
 
 def test_starts_at_the_background():
-    """The last layer's kernel is zero, its bias favours class 0 of every voxel of a folded block."""
+    """Background everywhere plus what each voxel's own value says: the last kernel is zero, its bias favours class 0."""
     init = jax.jit(DENOISER.init)(jax.random.key(0), X, LOG_SNR, condition_of())
-    np.testing.assert_array_equal(denoise(init, X, LOG_SNR, condition_of()), np.broadcast_to([3.0, 0, 0], X.shape))
+    alpha2, sigma2 = 1 / (1 + np.exp(-LOG_SNR)), 1 / (1 + np.exp(LOG_SNR))
+    own = (2 * np.sqrt(alpha2) * DENOISER.b / sigma2)[:, None, None, None] * X
+    logits = denoise(init, X, LOG_SNR, condition_of())
+    np.testing.assert_allclose(logits, np.array([3.0, 0, 0]) + own, rtol=1e-4, atol=1e-5)
 
 
 def test_conflict_does_not_modulate_at_the_start(params):
