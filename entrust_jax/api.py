@@ -164,9 +164,7 @@ def read_cases(trained: Trained, data_dir: str | None = None, split: str = "test
 
 def examine(trained: Trained, volume: Volume, slices: int | None = None) -> inference.Raw:
     """What the network says of a case before calibration; see `inference.examine`."""
-    return examine_with(
-        trained.config, trained.network, trained.params, trained.mesh, trained.tau, volume, slices
-    )
+    return examine_with(trained.config, trained.network, trained.params, trained.mesh, trained.tau, volume, slices)
 
 
 def examine_with(

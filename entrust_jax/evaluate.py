@@ -6,18 +6,13 @@ interest, and compared with the first.
 """
 
 import csv
-import json
 import math
 import os
 import resource
 import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +23,8 @@ from entrust_jax import api, cli
 from entrust_jax.errors import UserError
 from entrust_jax.metrics import calibration, summary, usefulness
 from entrust_jax.report import curves
+from entrust_jax.report import output as output_folder
+from entrust_jax.runtime import logs
 
 FLAGS = flags.FLAGS
 
@@ -59,7 +56,7 @@ def main(_: Sequence[str]) -> None:
     scores = score_all(methods, volumes, targets)
     about = {
         "command": shlex.join(["python", "-m", "entrust_jax.evaluate", *sys.argv[1:]]),
-        "code_version": code_version(),
+        "code_version": logs.code_version(),
         "data": str(FLAGS.data_dir or next(iter(methods.values())).config.data.dir),
         "split": FLAGS.split,
         "trained_on": {name: seen_in_training(trained, scores[name]) for name, trained in methods.items()},
@@ -67,7 +64,7 @@ def main(_: Sequence[str]) -> None:
         "roi_shared_by": list(methods),
     }
     places = {name: str(workdir) for name, workdir in zip(methods, workdirs, strict=True)}
-    with replaced_folder(output) as folder:
+    with output_folder.whole_folder(output, check_output) as folder:
         write_results(folder, scores, targets, about, places)
     print(f"wrote {output}")
 
@@ -196,18 +193,6 @@ def seen_in_training(trained: Any, scores: Sequence[summary.Scores]) -> list[str
     return seen
 
 
-def code_version() -> str | None:
-    """git describe of the checkout that this file lies in; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--tags"]
-    try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
-
-
 def peak_memory() -> dict[str, Any]:
     """Largest resident memory of this process so far, as a figure."""
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -242,7 +227,7 @@ def write_results(
             **summary.summarise(cases, targets, resamples=resamples),
             "peak_memory_mb": peak_memory(),
         }
-        write_json(own / "summary.json", results)
+        logs.write_json(own / "summary.json", results)
         write_cases(own / "cases.csv", cases)
         draw_reliability(own / "reliability.png", name, cases, results)
         draw_risk_coverage(own / "risk_coverage.png", {name: cases})
@@ -250,7 +235,7 @@ def write_results(
             print_headline(results)
     if several:
         comparison = summary.compare(scores, resamples=resamples)
-        write_json(folder / "comparison.json", {**about, "workdirs": dict(workdirs), **comparison})
+        logs.write_json(folder / "comparison.json", {**about, "workdirs": dict(workdirs), **comparison})
         table = summary.comparison_table(comparison)
         note = f"{about['data']}, split {about['split']}; differences paired by patient.\n\n"
         (folder / "comparison.md").write_text(f"# Comparison\n\n{note}{table}", encoding="utf-8")
@@ -308,21 +293,6 @@ def print_headline(results: Mapping[str, Any]) -> None:
                 print(f"{key + (' ' + stage if stage else ''):28s} {one['value']:.4g}{interval}  n={one['n']}")
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Strict JSON: NaN and infinities become null."""
-    path.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write_cases(path: Path, cases: Sequence[summary.Scores]) -> None:
     """One row per case; undefined values are empty cells."""
     rows = [summary.case_row(case) for case in cases]
@@ -342,29 +312,6 @@ def check_output(output: Path) -> None:
         raise UserError(f"--output={output} is a file: name a folder")
     if any(output.iterdir()) and not any((output / name).is_file() for name in ("summary.json", "comparison.json")):
         raise UserError(f"--output={output} holds other files, which would be replaced: name another folder")
-
-
-@contextmanager
-def replaced_folder(output: Path) -> Iterator[Path]:
-    """An empty folder beside `output` that takes its place when the block ends well; otherwise nothing
-    changes."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
-    old = beside.with_name(beside.name + "-old")
-    try:
-        beside.chmod(0o755)  # mkdtemp makes it private
-        yield beside
-        if output.exists():
-            output.rename(old)
-        try:
-            beside.rename(output)
-        except OSError:
-            if old.exists():
-                old.rename(output)
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 if __name__ == "__main__":

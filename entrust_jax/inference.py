@@ -27,6 +27,8 @@ from entrust_jax.trustmap import calibration, case, explanation, probing, statis
 ACTIVE = 0.005  # a slice is sampled when p_1 of foreground exceeds this somewhere in the body
 CHUNK = 8  # slices per compiled call, rounded up to the number of devices
 MEMBERS = 8  # hypotheses that are in memory at once within a call
+# Maps with an axis of modalities or pairs; it comes first in a Raw.
+STACKED = ("kappa_pairs", "support", "unimodal", "attribution", "delta_modality", "counterfactual")
 
 Raw = dict[str, Any]
 _DATA, _WHOLE = PartitionSpec("data"), PartitionSpec()
@@ -73,9 +75,7 @@ def look(params: Any, batch: dict[str, Array], key: Array, *, model: EnTrust, sa
             "unimodal": fused.posterior,
         }
 
-    split = jax.shard_map(
-        local, mesh=mesh, in_specs=(_WHOLE, _DATA, _WHOLE), out_specs=_DATA, check_vma=False
-    )
+    split = jax.shard_map(local, mesh=mesh, in_specs=(_WHOLE, _DATA, _WHOLE), out_specs=_DATA, check_vma=False)
     return split(params, batch, key)
 
 
@@ -134,9 +134,7 @@ def probe(
         fused = _condition(model, params, evidence, present).fused
         return probing.probe(one_step, present, fused.kappa, fused.weights, label)
 
-    split = jax.shard_map(
-        local, mesh=mesh, in_specs=(_WHOLE, *(_DATA,) * 4, _WHOLE), out_specs=_DATA, check_vma=False
-    )
+    split = jax.shard_map(local, mesh=mesh, in_specs=(_WHOLE, *(_DATA,) * 4, _WHOLE), out_specs=_DATA, check_vma=False)
     return split(params, evidence, present, label, number, key)
 
 
@@ -151,11 +149,6 @@ def ensemble(params: Any, batch: dict[str, Array], *, model: UNet, mesh: Mesh) -
     return jax.shard_map(local, mesh=mesh, in_specs=(_WHOLE, _DATA), out_specs=_DATA, check_vma=False)(params, batch)
 
 
-def _padded(volume: Volume, multiple: int, slices: np.ndarray | None) -> dict[str, np.ndarray]:
-    batch = pipeline.evaluation_slices(volume, multiple=multiple)
-    return batch if slices is None else {name: value[slices] for name, value in batch.items()}
-
-
 def _rows(parts: list[Any], count: int) -> Any:
     """Joins chunked results along the slices and drops the padding of the last chunk."""
     return jax.tree.map(lambda *x: np.concatenate([np.asarray(y) for y in x])[:count], *parts)
@@ -165,7 +158,7 @@ def first_look(
     params: Any, volume: Volume, key: Array, *, model: EnTrust, sampler: Sampler, mesh: Mesh, multiple: int
 ) -> tuple[Evidence, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Evidence and one-step maps of all slices (numpy, padded in plane), and the padded batch."""
-    batch = _padded(volume, multiple, None)
+    batch = pipeline.evaluation_slices(volume, multiple=multiple)
     size = -(-CHUNK // mesh.size) * mesh.size
     parts = [
         look(params, piece, key, model=model, sampler=sampler, mesh=mesh) for piece in pipeline.chunks(batch, size)
@@ -197,54 +190,39 @@ def examine(
     With `slices`, at most so many slices are kept, three quarters of them active ones (calibration): the maps then
     cover `kept` only, and `slice_weight` says how many slices each of them stands for.
     """
-    evidence, maps, batch = first_look(
-        params, volume, key, model=model, sampler=sampler, mesh=mesh, multiple=multiple
-    )
+    evidence, maps, batch = first_look(params, volume, key, model=model, sampler=sampler, mesh=mesh, multiple=multiple)
     active = active_slices(maps["one_step"], batch["body"])
-    kept = np.arange(len(active))
-    weight = np.ones(len(active), np.float32)
+    kept, weight = _keep(active, batch["body"], slices)
     if slices is not None:
-        kept, weight = _thin(active, np.any(batch["body"], axis=(1, 2)), slices)
-        evidence, maps = jax.tree.map(lambda x: x[kept], (evidence, maps))
-        batch = {name: value[kept] for name, value in batch.items()}
-        active = active[kept]
-    maps |= _as_one_hypothesis(maps["one_step"])
-    labels = np.repeat(np.argmax(maps["one_step"], axis=-1).astype(np.uint8)[None], hypotheses, axis=0)
-    chosen = np.flatnonzero(active)
+        evidence, maps, batch = jax.tree.map(lambda x: x[kept], (evidence, maps, batch))
+    chosen = np.flatnonzero(active[kept])
     static = {"model": model, "sampler": sampler, "mesh": mesh}
     size = -(-CHUNK // mesh.size) * mesh.size
+
+    def of(rows: np.ndarray) -> tuple[Evidence, np.ndarray]:
+        return jax.tree.map(lambda x: x[rows], evidence), batch["present"][rows]
+
+    maps |= _as_one_hypothesis(maps["one_step"])
+    labels = np.repeat(np.argmax(maps["one_step"], axis=-1).astype(np.uint8)[None], hypotheses, axis=0)
     for rows, real in _groups(chosen, size):
-        part = jax.tree.map(lambda x, rows=rows: x[rows], evidence)
-        drawn, members = draw(
-            params, part, batch["present"][rows], batch["case"][rows], key, hypotheses=hypotheses, **static
-        )
+        drawn, members = draw(params, *of(rows), batch["case"][rows], key, hypotheses=hypotheses, **static)
         for name in ("mean", "entropy", "within", "divergence", "disagreement", "gap"):
             maps[name][rows[:real]] = np.asarray(drawn[name])[:real]
         labels[:, rows[:real]] = np.moveaxis(np.asarray(members)[:real], 1, 0)
 
+    # The decision needs the whole volume, and the probes ask about the decision: a second pass over the same evidence.
     label, decision = case.dice_bayes(maps["mean"], labels)
-    modalities, classes = model.modalities, model.classes
-    shape = label.shape
-    maps["delta_conflict"] = np.zeros(shape, np.float32)
-    maps["conflict_uncertainty"] = np.zeros(shape, np.float32)
-    maps["attribution"] = np.zeros((shape[0], modalities, *shape[1:]), np.float32)
-    maps["delta_modality"] = np.zeros((shape[0], modalities, *shape[1:]), np.float32)
-    maps["counterfactual"] = np.repeat(label[:, None], modalities, axis=1)
+    maps |= _unprobed(label, model.modalities)
     for rows, real in _groups(chosen, size):
-        part = jax.tree.map(lambda x, rows=rows: x[rows], evidence)
-        found = probe(
-            params, part, batch["present"][rows], label[rows].astype(np.int32), batch["case"][rows], key, **static
-        )
+        asked = label[rows].astype(np.int32)
+        found = probe(params, *of(rows), asked, batch["case"][rows], key, **static)
         found = {name: np.asarray(value)[:real] for name, value in found.items()}
         found["counterfactual"] = np.argmax(found["counterfactual"], axis=-1).astype(np.uint8)
         for name, value in found.items():
             maps[name][rows[:real]] = value
-    for name in ("kappa_pairs", "support", "unimodal", "attribution", "delta_modality", "counterfactual"):
+    for name in STACKED:
         maps[name] = np.moveaxis(maps[name], 1, 0)
-    del classes
-    return _crop(maps, volume) | {
-        "hypotheses": _crop_one(labels, volume),
-        "label": _crop_one(label[None], volume)[0],
+    return _crop(maps | {"hypotheses": labels, "label": label}, volume) | {
         "predicted_dice": decision["predicted_dice"],
         "kept": kept,
         "slice_weight": weight,
@@ -252,40 +230,49 @@ def examine(
 
 
 def examine_unet(
-    params: Any, volume: Volume, *, model: UNet, mesh: Mesh, multiple: int, tau: float, slices: int | None = None
+    params: Any,
+    volume: Volume,
+    *,
+    model: UNet,
+    mesh: Mesh,
+    multiple: int,
+    tau: float,
+    slices: int | None = None,
 ) -> Raw:
     """As `examine`, for a U-Net or a deep ensemble of them: members take the place of hypotheses."""
-    batch = _padded(volume, multiple, None)
+    batch = pipeline.evaluation_slices(volume, multiple=multiple)
     size = -(-CHUNK // mesh.size) * mesh.size
     parts = [ensemble(params, piece, model=model, mesh=mesh) for piece in pipeline.chunks(batch, size)]
     members = _rows(parts, len(batch["valid"]))
+    kept, weight = _keep(active_slices(members.mean(axis=1), batch["body"]), batch["body"], slices)
+    members = members[kept]
     mean = members.mean(axis=1)
-    kept, weight = np.arange(len(mean)), np.ones(len(mean), np.float32)
-    if slices is not None:
-        kept, weight = _thin(active_slices(mean, batch["body"]), np.any(batch["body"], axis=(1, 2)), slices)
-        members, mean = members[kept], mean[kept]
-    if members.shape[1] == 1:
-        found = _as_one_hypothesis(mean)
-        maps = {"one_step": mean, "mean": found["mean"], "entropy": found["entropy"]}
-        label = case.threshold_action(mean, tau)
-        return _crop(maps, volume) | {
-            "label": _crop_one(label[None], volume)[0],
-            "predicted_dice": _expected_dice(mean, label),
-            "kept": kept,
-            "slice_weight": weight,
-        }
-    found = jax.tree.map(np.asarray, statistics.statistics(jnp.asarray(members), jnp.asarray(mean)))
-    labels = np.moveaxis(np.argmax(members, axis=-1).astype(np.uint8), 1, 0)
     label = case.threshold_action(mean, tau)
-    maps = {"one_step": mean} | {
-        name: found[name] for name in ("mean", "entropy", "within", "divergence", "disagreement")
-    }
+    maps = {"one_step": mean, "mean": mean, "label": label}
+    if members.shape[1] == 1:
+        maps["entropy"] = np.asarray(statistics.entropy(jnp.asarray(mean)))
+    else:
+        found = statistics.statistics(jnp.asarray(members), jnp.asarray(mean))
+        maps |= {name: np.asarray(found[name]) for name in ("entropy", "within", "divergence", "disagreement")}
+        maps["hypotheses"] = np.moveaxis(np.argmax(members, axis=-1).astype(np.uint8), 1, 0)
     return _crop(maps, volume) | {
-        "hypotheses": _crop_one(labels, volume),
-        "label": _crop_one(label[None], volume)[0],
         "predicted_dice": _expected_dice(mean, label),
         "kept": kept,
         "slice_weight": weight,
+    }
+
+
+def _unprobed(label: np.ndarray, modalities: int) -> dict[str, np.ndarray]:
+    """What probing says of slices that it does not visit: nothing depends on anything, nobody would change the mask."""
+    d, *plane = label.shape
+    zero = np.zeros((d, *plane), np.float32)
+    by_modality = np.zeros((d, modalities, *plane), np.float32)
+    return {
+        "delta_conflict": zero,
+        "conflict_uncertainty": zero.copy(),
+        "attribution": by_modality,
+        "delta_modality": by_modality.copy(),
+        "counterfactual": np.repeat(label[:, None], modalities, axis=1),
     }
 
 
@@ -313,16 +300,20 @@ def _as_one_hypothesis(p: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _thin(active: np.ndarray, body: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Evenly spaced slices, up to 3/4 `count` active and the rest others with a body, and how many each stands for."""
-    kept, weight = [], []
-    others = np.flatnonzero(~active & body)
+def _keep(active: np.ndarray, body: np.ndarray, count: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """All slices, or `count` evenly spaced ones, 3/4 of them active and the rest others with a body.
+
+    Returns their indices and how many slices each of them stands for.
+    """
+    if count is None:
+        return np.arange(len(active)), np.ones(len(active), np.float32)
     chosen = np.flatnonzero(active)
+    others = np.flatnonzero(~active & np.any(body, axis=tuple(range(1, body.ndim))))
     quota = min(len(chosen), max(count - len(others), (3 * count) // 4))
+    kept, weight = [], []
     for group, size in ((chosen, quota), (others, min(len(others), count - quota))):
         if size > 0:
-            index = np.round(np.linspace(0, len(group) - 1, size)).astype(int)
-            kept.append(group[index])
+            kept.append(group[np.round(np.linspace(0, len(group) - 1, size)).astype(int)])
             weight.append(np.full(size, len(group) / size, np.float32))
     rows, weights = np.concatenate(kept), np.concatenate(weight)
     order = np.argsort(rows)
@@ -336,16 +327,12 @@ def _groups(rows: np.ndarray, size: int):
         yield np.concatenate([group, np.repeat(group[-1:], size - len(group))]), len(group)
 
 
-def _crop_one(array: np.ndarray, volume: Volume) -> np.ndarray:
-    """Takes the in-plane padding off an array [c d h w]."""
-    _, height, width = volume.body.shape
-    return array[:, :, :height, :width]
-
-
 def _crop(maps: dict[str, np.ndarray], volume: Volume) -> dict[str, np.ndarray]:
-    stacked = ("kappa_pairs", "support", "unimodal", "attribution", "delta_modality", "counterfactual")
+    """Takes the in-plane padding off maps [d h w ...], and off those with a leading axis of their own."""
+    _, height, width = volume.body.shape
+    leading = (*STACKED, "hypotheses")
     return {
-        name: _crop_one(value, volume) if name in stacked else pipeline.crop(value, volume)
+        name: value[:, :, :height, :width] if name in leading else value[:, :height, :width]
         for name, value in maps.items()
     }
 
@@ -385,9 +372,7 @@ def finish(
             "attribution": raw["attribution"],
             "counterfactual": raw["counterfactual"],
         }
-    found = explanation.records(
-        e, raw["label"], volume.spacing, modalities, classes, volume.present, **evidence
-    )
+    found = explanation.records(e, raw["label"], volume.spacing, modalities, classes, volume.present, **evidence)
     out["records"] = [record | {"sentence": explanation.sentence(record)} for record in found]
     voxel_ml = float(np.prod(volume.spacing)) / 1000
     out["regions"] = case.volumes(raw.get("hypotheses", raw["label"][None]), regions, voxel_ml)

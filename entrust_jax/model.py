@@ -119,9 +119,7 @@ class EnTrust(nn.Module):
         """Touches every parameter: for initialisation only."""
         b, m, *space = batch["image"].shape
         ones = jnp.ones((b,), jnp.float32)
-        condition, terms, _ = self.fuse_terms(
-            batch, jnp.ones((b, m, *space)), rho=1.0, conflict_scale=ones, key=key
-        )
+        condition, terms, _ = self.fuse_terms(batch, jnp.ones((b, m, *space)), rho=1.0, conflict_scale=ones, key=key)
         logits = self.denoise(jnp.zeros((b, *space, self.classes)), 0 * ones, condition)
         return enfuse_objective.total(terms) + jnp.sum(logits)
 
@@ -300,9 +298,7 @@ def segdiff_loss(
     terminal = segdiff_objective.terminal_slots(k_terminal, b * draws)
     # The null condition is drawn jointly with pure noise: there the attribution will ask for it.
     null = jax.random.bernoulli(k_null, NULL_SHARE, (b,))
-    availability, conflict_scale = enfuse_objective.availability_dropout(
-        k_drop, batch["present"], tuple(space), null
-    )
+    availability, conflict_scale = enfuse_objective.availability_dropout(k_drop, batch["present"], tuple(space), null)
     terminal = terminal | jnp.repeat(null, draws)
     condition, terms, _ = apply(
         model,

@@ -7,9 +7,8 @@ report.json and overview.png.
 
 import dataclasses
 import importlib.metadata
-import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from entrust_jax import cli
 from entrust_jax.errors import UserError
 
 FLAGS = flags.FLAGS
-PACKAGES = ("entrust_jax", "jax", "jaxlib", "flax", "numpy", "scipy", "nibabel", "matplotlib")
+PACKAGES = ("scipy", "nibabel", "matplotlib")  # beyond those that every result names
 
 
 def define_flags() -> None:
@@ -44,6 +43,7 @@ def main(argv: Sequence[str]) -> None:
     from entrust_jax import api
     from entrust_jax.data import layouts, preprocess
     from entrust_jax.report import output as report
+    from entrust_jax.runtime import logs
 
     report.check_output(output)
     cli.setup_devices()
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
         label_map=data.label_map,
         regions=dict(data.regions.items()),
         hypotheses=FLAGS.hypotheses,
-        versions=versions(),
+        versions=logs.code_version() | {name: importlib.metadata.version(name) for name in PACKAGES},
         warnings=(*volume.warnings, *lost),
     )
     if FLAGS.hypotheses and "hypotheses" not in prediction:
@@ -133,17 +133,6 @@ def losses(present: Sequence[str], modalities: Sequence[str], reference: str) ->
     if missing and len(present) == 1:
         lines.append(f"With {present[0]} alone no conflict between scans can be seen.")
     return lines
-
-
-def versions() -> Mapping[str, str]:
-    """Versions of Python and of the packages that shape a result, those that are installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

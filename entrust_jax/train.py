@@ -181,9 +181,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimiser step of one network: pure. A loss or gradient that is not finite changes nothing but `step`."""
     key = jax.random.fold_in(key, state.step)
-    (value, figures), gradient = jax.value_and_grad(loss, has_aux=True, argnums=0)(
-        state.params, batch, key, state.step
-    )
+    (value, figures), gradient = jax.value_and_grad(loss, has_aux=True, argnums=0)(state.params, batch, key, state.step)
     norm = optax.global_norm(gradient)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
@@ -443,9 +441,7 @@ def place(config: Any, batch: dict[str, np.ndarray], n: int, devices: Any) -> Ba
     if config.method == "entrust":
         return mesh.shard_batch(batch, devices)
     split = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(None, mesh.AXIS))
-    return {
-        name: jax.device_put(value.reshape(n, -1, *value.shape[1:]), split) for name, value in batch.items()
-    }
+    return {name: jax.device_put(value.reshape(n, -1, *value.shape[1:]), split) for name, value in batch.items()}
 
 
 def summarise(figures: dict[str, Array], config: Any) -> dict[str, float]:

@@ -15,4 +15,5 @@ unset PYRIGHT_PYTHON_FORCE_VERSION PYRIGHT_PYTHON_PYLANCE_VERSION PYRIGHT_PYTHON
 
 .venv/bin/python -m ruff check .
 .venv/bin/python -m pyright
-.venv/bin/python -m pytest "$@"
+# A file stays with one worker: what its tests share is made once.
+.venv/bin/python -m pytest -n 2 --dist loadfile "$@"

@@ -7,10 +7,9 @@ import types
 import numpy as np
 import pytest
 
-from entrust_jax import errors
+from entrust_jax import errors, evaluate
 from entrust_jax.metrics import calibration, summary
-
-evaluate = pytest.importorskip("entrust_jax.evaluate", reason="entrust_jax.api is not there")
+from entrust_jax.report import output as output_files
 
 SHAPE = (4, 32, 32)
 TARGETS = summary.Targets(("background", "core", "rim"), {"whole": (1, 2)})
@@ -227,7 +226,7 @@ def test_comparison_is_paired(plain, sharp):
 def test_results_of_one_method_are_written(tmp_path, plain):
     about = {"data": "phantom", "split": "test", "command": "c", "code_version": None}
     output = tmp_path / "W" / "evaluation"
-    with evaluate.replaced_folder(output) as folder:
+    with output_files.whole_folder(output, evaluate.check_output) as folder:
         evaluate.write_results(folder, {"m": plain}, TARGETS, about, {"m": "W"}, resamples=50)
         assert not output.exists()
     assert sorted(one.name for one in output.iterdir()) == [
@@ -260,12 +259,12 @@ def test_a_failure_keeps_the_earlier_results(tmp_path):
     output = tmp_path / "evaluation"
     output.mkdir()
     (output / "summary.json").write_text("old")
-    with pytest.raises(RuntimeError), evaluate.replaced_folder(output) as folder:
+    with pytest.raises(RuntimeError), output_files.whole_folder(output, evaluate.check_output) as folder:
         (folder / "summary.json").write_text("new")
         raise RuntimeError
     assert (output / "summary.json").read_text() == "old"
     assert [one.name for one in tmp_path.iterdir()] == ["evaluation"]
-    with evaluate.replaced_folder(output) as folder:
+    with output_files.whole_folder(output, evaluate.check_output) as folder:
         (folder / "comparison.json").write_text("new")
     assert [one.name for one in output.iterdir()] == ["comparison.json"]
     assert [one.name for one in tmp_path.iterdir()] == ["evaluation"]

@@ -1,4 +1,4 @@
-"""The blocks that networks share: folds of space are exact inverses, norms are local, modulation starts as the identity."""
+"""The blocks that networks share: folds of space are exact inverses, norms are local, modulation is by voxel."""
 
 import jax
 import jax.numpy as jnp

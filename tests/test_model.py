@@ -1,4 +1,4 @@
-"""EnTrust as a whole: what must be exactly zero, exactly equal or exactly unseen, on tiny networks with random weights."""
+"""EnTrust as a whole: what must be exactly zero, exactly equal or exactly unseen, on tiny random networks."""
 
 import functools
 import itertools
@@ -48,10 +48,14 @@ def batch_of(b: int = B, modalities: int = M, space: tuple[int, ...] = (SIZE, SI
     }
 
 
+def shapes_of(net: EnTrust, batch):
+    key = jax.random.key(0)
+    return jax.eval_shape(net.init, {"params": key, "dropout": key}, batch, key)
+
+
 def random_params(net: EnTrust, batch: dict[str, np.ndarray]):
     """Random in every entry (nothing is closed by a zero initialisation), without compiling `init`."""
-    shapes = jax.eval_shape(net.init, {"params": jax.random.key(0), "dropout": jax.random.key(0)}, batch, jax.random.key(0))
-    return jax.tree.map(lambda x: 0.5 * some(*x.shape), shapes)
+    return jax.tree.map(lambda x: 0.5 * some(*x.shape), shapes_of(net, batch))
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +134,13 @@ def test_what_is_missing_is_not_seen_to_the_last_bit(params):
     (evidence, one, logits), (other, two, garbage_logits) = run(params, batch, mu), run(params, garbage, mu)
     assert np.any(evidence.c[0] != other.c[0])
     for name in ("F_c", "F_u", "F_cf", "weights", "kappa", "kappa_pairs", "js", "present"):
-        for a, b in zip(jax.tree.leaves(getattr(one.fused, name)), jax.tree.leaves(getattr(two.fused, name)), strict=True):
-            np.testing.assert_array_equal(a, b, err_msg=name)
+        jax.tree.map(np.testing.assert_array_equal, getattr(one.fused, name), getattr(two.fused, name))
     jax.tree.map(np.testing.assert_array_equal, one.projections, two.projections)
     np.testing.assert_array_equal(logits, garbage_logits)
     here = mu[:, :, 0, 0] > 0
     for name in ("posterior", "support"):  # these are by modality: what is there is as before
-        np.testing.assert_array_equal(np.asarray(getattr(one.fused, name))[here], np.asarray(getattr(two.fused, name))[here])
+        a, b = (np.asarray(getattr(condition.fused, name)) for condition in (one, two))
+        np.testing.assert_array_equal(a[here], b[here])
 
 
 def test_with_nothing_available_the_denoiser_still_answers(params):
@@ -317,7 +321,7 @@ def test_labels_outside_the_body_and_padding_slots_do_not_count(params):
 @pytest.mark.parametrize("modalities", [1, 2])
 def test_losses_take_any_number_of_axes_and_modalities(space, modalities):
     net, batch = network(modalities, factor=1), jax.tree.map(jnp.asarray, batch_of(2, modalities, space))
-    params = jax.eval_shape(net.init, {"params": jax.random.key(0), "dropout": jax.random.key(0)}, batch, jax.random.key(0))
+    params = shapes_of(net, batch)
     loss = functools.partial(entrust.segdiff_loss, net, low=LOW, high=HIGH, draws=2)
     first, _ = jax.eval_shape(functools.partial(entrust.enfuse_loss, net), params, batch, jax.random.key(0), 0.5)
     second, figures = jax.eval_shape(loss, params, batch, jax.random.key(0))
@@ -382,7 +386,7 @@ def test_reconstruction_error_by_hand():
 
 
 def test_validation_figures_belong_to_their_cases(params):
-    """They do not change with the batch, see the available modalities only, and are plain cross-entropies in the body."""
+    """They do not change with the batch, see what is available, and are plain cross-entropies in the body."""
     check = jax.jit(functools.partial(entrust.validate, NETWORK))
     levels, key = np.float32([LOW, 0.0]), jax.random.key(0)
     batch = batch_of()
@@ -411,7 +415,8 @@ def test_validation_figures_belong_to_their_cases(params):
     def known(label, case, level):
         x0 = schedule.scale_onehot(label, K, NETWORK.b)
         x_t = schedule.diffuse(x0, level, entrust.noise_of_cases(key, case, x0.shape[1:]))
-        return score(jnp.array([3.0, 0, 0]).reshape(1, 1, 1, K) + schedule.own_evidence(x_t, level, NETWORK.b), label, body)
+        background = jnp.array([3.0, 0, 0]).reshape(1, 1, 1, K)
+        return score(background + schedule.own_evidence(x_t, level, NETWORK.b), label, body)
 
     for level, values in zip(levels, found, strict=True):
         np.testing.assert_allclose(values, known(batch["label"], batch["case"], np.full(B, level)), rtol=1e-4)

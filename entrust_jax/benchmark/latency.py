@@ -1,7 +1,7 @@
 """python -m entrust_jax.benchmark.latency --config=configs/glioma.py [--size=128] [--repeats=5]
 
-Seconds for the hypotheses and TrustMap of one slice, beside one U-Net pass and as many as a deep ensemble has, in one run
-on one machine. Weights are random: the time does not depend on them. Prints JSON; compilation is timed apart.
+Seconds for the hypotheses and TrustMap of one slice, beside one U-Net pass and as many as a deep ensemble has, in one
+run on one machine. Weights are random: the time does not depend on them. Prints JSON; compilation is timed apart.
 """
 
 import json
@@ -34,7 +34,7 @@ def slice_batch(config: Any, size: int, copies: int) -> dict[str, np.ndarray]:
     """`copies` random slices with every modality: one, as often as the mesh has devices."""
     rng = np.random.default_rng(0)
     shapes = api.example_batch(config, copies)
-    batch = {name: np.ones((*s.shape[:1], *s.shape[1:]), s.dtype) for name, s in shapes.items()}
+    batch: dict[str, Any] = {name: np.ones(s.shape, s.dtype) for name, s in shapes.items()}
     m = len(config.data.modalities)
     batch["image"] = rng.normal(size=(copies, m, size, size)).astype(np.float32)
     batch["label"] = rng.integers(0, 2, (copies, size, size)).astype(np.int32)

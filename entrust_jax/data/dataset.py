@@ -104,6 +104,4 @@ def export_example(data: Any, folder: Path, name: str, seed: int) -> Path:
     """Writes a phantom as a folder of NIfTI files, so that predict has a case to start from."""
     number = int(name.rsplit("_", 1)[1])
     modalities: Sequence[str] = tuple(data.modalities)
-    return phantom.export(
-        folder, phantom_spec(data), number, seed, modalities, tuple(map(tuple, data.label_map))
-    )
+    return phantom.export(folder, phantom_spec(data), number, seed, modalities, tuple(map(tuple, data.label_map)))

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,13 +50,13 @@ MAPS = {
 
 
 @contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
+def whole_folder(output: Path, check: Callable[[Path], None]) -> Iterator[Path]:
     """A new folder beside `output` that takes its place when the block ends well, else vanishes (Ctrl-C too).
 
-    An earlier prediction at `output` stays until then. Raises UserError as `check_output`.
+    An earlier result at `output` stays until then. `check` raises UserError where `output` may not be replaced.
     """
     output = output.resolve()
-    check_output(output)
+    check(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         part = output.parent / f".{output.name}.{os.getpid()}.part"
@@ -69,7 +69,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
     old = part.with_suffix(".old")
     try:
         yield part
-        check_output(output)  # somebody may have put a file there in the minutes between
+        check(output)  # somebody may have put a file there in the minutes between
         if output.exists():
             output.rename(old)
         try:
@@ -151,7 +151,7 @@ def write_prediction(
             f"{volume.name}: has no scan file whose geometry the maps could take; predict from NIfTI files"
         )
     values = label_values(label_map, len(classes))
-    with whole_folder(output) as folder:
+    with whole_folder(output, check_output) as folder:
         files: dict[str, str] = {}
         absent: dict[str, str] = {}
 

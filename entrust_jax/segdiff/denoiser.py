@@ -94,8 +94,8 @@ class Denoiser(nn.Module):
     ) -> Float[Array, "b *s k"]:
         """Returns float32 logits; the network's input has unit variance at every log SNR.
 
-        What the voxel's own noisy value says is added exactly, so the network learns the rest: without it a short training
-        has not learnt to copy by the last steps, where little else is asked.
+        What the voxel's own noisy value says is added exactly, so the network learns the rest: without it a short
+        training has not learnt to copy by the last steps, where little else is asked.
         """
         scale = input_scale(log_snr, self.b)
         h = space_to_depth(x_t * scale.reshape(-1, *(1,) * (x_t.ndim - 1)), self.factor)

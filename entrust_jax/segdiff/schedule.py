@@ -90,8 +90,9 @@ def input_scale(log_snr: Float[Array, "*n"], b: float) -> Float[Array, "*n"]:
 def own_evidence(x_t: Float[Array, "b *s k"], log_snr: Float[Array, " b"], b: float) -> Float[Array, "b *s k"]:
     """What a voxel's own noisy value says of its class, as logits: 2 alpha b x_t / sigma^2.
 
-    Noise is independent given the mask, so P(y_u = k | x_t) is proportional to P(y_u = k | x_t elsewhere) p(x_t(u) | y_u = k),
-    and log p(x_t(u) | y_u = k) is this up to a constant in k: exact, whatever the law of the masks. Equation: ours.
+    Noise is independent given the mask, so P(y_u = k | x_t) is proportional to
+    P(y_u = k | x_t elsewhere) p(x_t(u) | y_u = k), and log p(x_t(u) | y_u = k) is this up to a constant in k: exact,
+    whatever the law of the masks. Equation: ours.
     """
     alpha, sigma = alpha_sigma(log_snr)
     return per_case(2 * alpha * b / jnp.square(sigma), x_t.ndim) * x_t

@@ -1,4 +1,4 @@
-"""Fusion of given evidence: exact zeros without conflict, exact ignorance of what is missing, no gradient into kappa."""
+"""Fusion of given evidence: exact zeros without conflict, exact ignorance of what is missing, no gradient to kappa."""
 
 import itertools
 
@@ -189,7 +189,8 @@ def test_pool_maps():
 
 @pytest.mark.parametrize("factor", [1, 2])
 def test_auxiliary_shapes(factor):
-    shapes = jax.eval_shape(fuse, jax.eval_shape(FUSION.init, jax.random.key(0), evidence_of(), ONES), evidence_of(), ONES)
+    evidence = evidence_of()
+    shapes = jax.eval_shape(fuse, jax.eval_shape(FUSION.init, jax.random.key(0), evidence, ONES), evidence, ONES)
     cross = jnp.zeros((B, M, 4, 4, 4)), jnp.zeros((B, M, 4, 4, 3))
     head = Auxiliary(K, factor)
     logits, image = jax.eval_shape(head.init_with_output, jax.random.key(0), shapes, *cross)[0]

@@ -112,7 +112,8 @@ def two_centrings(y: np.ndarray, z: np.ndarray, mask: np.ndarray) -> float:
 
 def test_independence_weighs_the_pairs():
     m, b, n = 3, 2, 16
-    F_c, F_cf, c, u = normal(b, n, 4), normal(b, n, 4, seed=1), normal(m, b, n, 4, seed=2), normal(m, b, n, 2, seed=3)
+    F_c, F_cf = normal(b, n, 4), normal(b, n, 4, seed=1)
+    c, u = normal(m, b, n, 4, seed=2), normal(m, b, n, 2, seed=3)
     mask = (np.arange(n)[None] < np.array([[12], [16]])).astype(np.float32)
     present = np.array([[1, 1], [1, 1], [1, 0]], np.float32)
     masks = mask[None] * present[..., None]
@@ -122,7 +123,8 @@ def test_independence_weighs_the_pairs():
         values.append(1.0 * two_centrings(c[i], u[i], masks[i]))
         values.append(0.5 * two_centrings(u[i], F_cf, masks[i]))
     values.append(0.25 * two_centrings(F_c, F_cf, mask))
-    values += [0.25 * two_centrings(u[i], u[j], masks[i] * masks[j]) for i, j in itertools.combinations(range(m), 2)]
+    for i, j in itertools.combinations(range(m), 2):
+        values.append(0.25 * two_centrings(u[i], u[j], masks[i] * masks[j]))
     got = jax.jit(objective.independence)(F_c, F_cf, c, u, mask, present)
     np.testing.assert_allclose(got, np.mean(values), rtol=1e-4)
 

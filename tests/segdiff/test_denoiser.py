@@ -62,7 +62,7 @@ def test_shapes(space, factor):
 
 
 def test_starts_at_the_background():
-    """Background everywhere plus what each voxel's own value says: the last kernel is zero, its bias favours class 0."""
+    """Background plus what each voxel's own value says: the last kernel is zero, its bias favours class 0."""
     init = jax.jit(DENOISER.init)(jax.random.key(0), X, LOG_SNR, condition_of())
     alpha2, sigma2 = 1 / (1 + np.exp(-LOG_SNR)), 1 / (1 + np.exp(LOG_SNR))
     own = (2 * np.sqrt(alpha2) * DENOISER.b / sigma2)[:, None, None, None] * X
