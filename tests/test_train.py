@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import json
+import shutil
+import signal
 import types
 
 import jax
@@ -163,6 +165,40 @@ def test_a_stop_at_the_last_step_is_left_to_the_end_of_the_stage(config, run, tm
     asked = []
     go(config, run, tmp_path, begin(config, run), should_stop=asked.append)
     assert asked == [1, 2, 3, 4, 5]  # train_network asks at 6, after the next stage's state is saved
+
+
+def network_run(config, run, workdir):
+    train.train_network(
+        config, workdir, run.network, [run.stage], {run.stage.name: run.step}, run.volumes, run.devices
+    )  # fmt: skip
+    with contextlib.closing(checkpoint.open_manager(workdir / "checkpoints" / "last")) as last:
+        return checkpoint.restore_last(last, run.step.abstract)
+
+
+def test_a_run_that_lost_its_last_checkpoint_starts_over(config, run, tmp_path):
+    whole, meta = network_run(config, run, tmp_path)
+    assert meta == {"stage": "done", "step": 6}
+    rows = (tmp_path / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "checkpoints" / "last")
+    again, _ = network_run(config, run, tmp_path)  # its best is older than the one that lies there
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+    assert (tmp_path / "metrics.jsonl").read_text() == rows
+
+
+def test_a_damaged_last_checkpoint_is_one_line(config, run, tmp_path):
+    network_run(config, run, tmp_path)
+    (step,) = (tmp_path / "checkpoints" / "last").iterdir()
+    shutil.rmtree(step / "meta")
+    with pytest.raises(UserError, match=r"last/6: the checkpoint is damaged.*remove this folder") as error:
+        network_run(config, run, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_sigterm_is_ours_only_while_there_is_a_state_to_save(config, run, tmp_path, monkeypatch):
+    before, seen = signal.getsignal(signal.SIGTERM), []
+    monkeypatch.setattr(train, "run_stage", lambda *_: seen.append(signal.getsignal(signal.SIGTERM)) or begin(config, run))
+    network_run(config, run, tmp_path)
+    assert seen[0] is not before and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_only_a_better_score_of_the_stage_is_kept(tmp_path):

@@ -1,0 +1,105 @@
+"""Loading a working folder, and what is said of one that cannot be loaded."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from entrust_jax import api
+from entrust_jax.errors import UserError
+from entrust_jax.trustmap import calibration
+
+SPACE = (4, 48, 48)
+
+
+@pytest.fixture(scope="module")
+def ensemble(trained):
+    return api.load(trained("deep_ensemble"))
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    """A trained folder that may be damaged."""
+    return shutil.copytree(trained("deep_ensemble"), tmp_path / "run")
+
+
+def test_a_folder_knows_how_it_was_trained(ensemble, trained):
+    workdir = trained("deep_ensemble")
+    assert ensemble.workdir == workdir and ensemble.name == "deep_ensemble"
+    assert ensemble.config.method == "deep_ensemble" and ensemble.config.unet.members == 2
+    assert ensemble.rung in calibration.RUNGS and 0 < ensemble.tau < 1
+    leaves = api.jax.tree.leaves(ensemble.params)
+    assert all(len(leaf) == 2 for leaf in leaves)  # members
+    assert any(not np.array_equal(leaf[0], leaf[1]) for leaf in leaves)
+    assert leaves[0].sharding.is_fully_replicated and len(leaves[0].devices()) == 8
+    assert api.load(str(workdir)).splits == ensemble.splits
+
+
+def test_cases_of_a_split(ensemble):
+    test, problems = api.read_cases(ensemble)
+    assert [volume.name for volume in test] == ensemble.splits["test"] and problems == []
+    everyone, _ = api.read_cases(ensemble, split="all")
+    assert len(everyone) == 25 and len({volume.number for volume in everyone}) == 25
+    assert ensemble.config.data.dir == ""
+
+
+def test_the_phantom_has_no_folder(ensemble, tmp_path):
+    with pytest.raises(UserError, match="built-in phantom.*leave --data_dir out"):
+        api.read_cases(ensemble, str(tmp_path))
+
+
+def test_a_prediction_is_a_function_of_the_volume(ensemble):
+    (volume, *_), _ = api.read_cases(ensemble)
+    one, two = api.predict_volume(ensemble, volume), api.predict_volume(ensemble, volume)
+    assert one["hypotheses"].shape == (2, *SPACE) and one["probability"].shape == (*SPACE, 4)
+    np.testing.assert_allclose(one["probability"].sum(-1), 1, atol=1e-4)
+    assert {"conflict", "cause", "attribution"}.isdisjoint(one)
+    assert set(one["regions"]) == {"WT", "TC", "ET"}
+    for name in ("label", "probability", "probability_raw", "error_probability", "entropy", "divergence"):
+        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+
+
+def test_fewer_slices_are_examined_for_calibration(ensemble):
+    (volume, *_), _ = api.read_cases(ensemble)
+    raw = api.examine(ensemble, volume, slices=2)
+    assert len(raw["kept"]) == len(raw["mean"]) == 2 and np.sum(raw["slice_weight"]) == pytest.approx(4)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def widen(path):
+    config = json.loads(path.read_text())
+    config["unet"]["widths"] = [4, 8, 12]
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda run: shutil.rmtree(run), ["config.json", "no such file", "train first"]),
+        (lambda run: truncate(run / "config.json"), ["config.json", "damaged"]),
+        (lambda run: (run / "calibration.json").unlink(), ["has not finished", "it goes on"]),
+        (lambda run: (run / "calibration.npz").unlink(), ["has not finished"]),
+        (lambda run: truncate(run / "calibration.json"), ["calibration", "damaged", "run train again"]),
+        (lambda run: truncate(run / "calibration.npz"), ["calibration.npz", "damaged", "run train again"]),
+        (lambda run: (run / "calibration.npz").write_bytes(b""), ["calibration.npz", "damaged"]),
+        (lambda run: (run / "calibration.json").write_text("{}"), ["calibration", "damaged"]),
+        (lambda run: (run / "splits.json").unlink(), ["splits.json"]),
+        (lambda run: truncate(run / "splits.json"), ["splits.json", "damaged"]),
+        (lambda run: shutil.rmtree(run / "checkpoints" / "best"), ["checkpoints/best", "no checkpoint"]),
+        (lambda run: [shutil.rmtree(p) for p in (run / "checkpoints" / "best").iterdir()], ["holds no checkpoint"]),
+        (lambda run: [truncate(p) for p in (run / "checkpoints" / "best").rglob("d/*")], ["checkpoints/best", "damaged"]),
+        (lambda run: widen(run / "config.json"), ["checkpoints/best", "another config"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_what_is_wrong_with_a_folder_is_one_line(folder, damage, words):
+    damage(folder)
+    with pytest.raises(UserError) as error:
+        api.load(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)

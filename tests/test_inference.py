@@ -1,0 +1,252 @@
+"""From a volume to its maps: the same whatever the chunks and the devices, cheap where there is nothing, never NaN."""
+
+import functools
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from entrust_jax import inference
+from entrust_jax.data.preprocess import Volume, coordinates
+from entrust_jax.layers import apply
+from entrust_jax.model import EnTrust
+from entrust_jax.runtime.mesh import data_mesh
+from entrust_jax.segdiff import sampler as segdiff_sampler
+from entrust_jax.segdiff.sampler import Sampler
+
+M, K, N, DEPTH, SIZE = 2, 3, 3, 8, 16
+MODEL = EnTrust(M, K, widths=(4, 8, 8), d_c=4, d_u=4, factor=2, head_dropout=0.2, b=0.2)
+SAMPLER = Sampler(0.2, -12.0, 7.0, 3)
+KEY = jax.random.key(3)
+
+
+def volume(present=(True, True)) -> Volume:
+    """Random images of an odd in-plane size, so that padding is needed; label left out."""
+    rng = np.random.default_rng(0)
+    body = np.ones((DEPTH, SIZE - 1, SIZE - 3), bool)
+    body[:, :2] = False
+    image = rng.normal(size=(M, *body.shape)).astype(np.float32) * body
+    there = np.asarray(present)
+    return Volume(
+        name="case",
+        patient="case",
+        number=123,
+        image=image * there[:, None, None, None],
+        present=there,
+        label=None,
+        body=body,
+        coordinates=coordinates(body),
+        spacing=(3.0, 1.0, 1.0),
+        reference=None,
+    )
+
+
+@functools.cache
+def params():
+    """Random in every entry, so that nothing is closed by a zero initialisation."""
+    batch = inference.pipeline.evaluation_slices(volume(), multiple=SIZE)
+    shapes = jax.eval_shape(MODEL.init, {"params": KEY, "dropout": KEY}, batch, KEY)
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: (0.4 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
+
+
+def examine(devices, case=None, **options):
+    return inference.examine(
+        params(), case or volume(), KEY, model=MODEL, sampler=SAMPLER, mesh=data_mesh(jax.devices()[:devices]),
+        hypotheses=N, multiple=SIZE, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def raw():
+    """The whole volume on one device, in one chunk."""
+    return examine(1)
+
+
+def agree(ours, theirs):
+    """Equal up to float error; labels may flip only where two classes are within it."""
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        a, b = np.asarray(ours[name]), np.asarray(theirs[name])
+        assert a.shape == b.shape, name
+        if a.dtype == np.uint8:
+            assert np.mean(a != b) < 2e-3, name
+        else:
+            np.testing.assert_allclose(a, b, atol=2e-3, err_msg=name)
+
+
+def test_hypotheses_are_worth_comparing(raw):
+    assert raw["hypotheses"].shape == (N, DEPTH, SIZE - 1, SIZE - 3)
+    assert len(np.unique(raw["hypotheses"])) == K
+    assert np.mean(raw["hypotheses"][0] != raw["hypotheses"][1]) > 0.05
+    assert np.mean(raw["divergence"]) > 1e-3 and np.mean(raw["conflict"] > 0.1) > 0.01
+
+
+@pytest.mark.parametrize(("devices", "chunk"), [(2, 3), (8, 8)])
+def test_chunks_and_devices_change_nothing(raw, monkeypatch, devices, chunk):
+    monkeypatch.setattr(inference, "CHUNK", chunk)  # 3 on two devices: chunks of 4
+    agree(examine(devices), raw)
+
+
+def test_slices_without_foreground_are_not_sampled(raw, monkeypatch):
+    seen = np.max((1 - raw["one_step"][..., 0]) * volume().body, axis=(1, 2))
+    monkeypatch.setattr(inference, "ACTIVE", float(np.median(seen)))
+    found = examine(8)
+    active = seen > np.median(seen)
+    assert active.sum() == DEPTH // 2
+    for name in ("divergence", "disagreement", "gap", "delta_conflict", "conflict_uncertainty"):
+        assert not found[name][~active].any(), name
+    for name in ("attribution", "delta_modality"):
+        assert not found[name][:, ~active].any(), name
+    np.testing.assert_array_equal(found["mean"][~active], found["one_step"][~active])
+    alone = np.argmax(found["one_step"][~active], axis=-1)
+    assert all(np.array_equal(member, alone) for member in found["hypotheses"][:, ~active])
+    # The others are what they were, in another chunk.
+    np.testing.assert_allclose(found["divergence"][active], raw["divergence"][active], atol=2e-3)
+    np.testing.assert_allclose(found["mean"][active], raw["mean"][active], atol=2e-3)
+
+
+def test_thinned_slices_are_those_of_the_whole(raw):
+    found = examine(8, slices=3)
+    kept = found["kept"]
+    assert len(kept) == 3 and np.sum(found["slice_weight"]) == pytest.approx(DEPTH)
+    np.testing.assert_allclose(found["mean"], raw["mean"][kept], atol=2e-3)
+    np.testing.assert_allclose(found["conflict"], raw["conflict"][kept], atol=1e-4)
+    assert found["attribution"].shape == (M, 3, SIZE - 1, SIZE - 3)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.sampled_from(["active", "body", "air"]), min_size=1, max_size=40), st.integers(2, 12))
+def test_thinning_stands_for_every_slice_of_the_body(kinds, count):
+    active = np.array([kind == "active" for kind in kinds])
+    body = np.array([kind != "air" for kind in kinds])
+    assume(body.any())
+    rows, weight = inference._keep(active, body[:, None, None], count)
+    assert len(rows) == min(count, body.sum()) and np.all(np.diff(rows) > 0)
+    assert np.all(body[rows]) and np.all(weight >= 1)
+    assert np.sum(weight) == pytest.approx(body.sum())
+    assert np.sum(weight[active[rows]]) == pytest.approx(active.sum())
+    if active.any():
+        assert active[rows].any()
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_missing_modality_leaves_everything_finite(raw, missing):
+    case = volume(tuple(m != missing for m in range(M)))
+    found = examine(8, case)
+    for name, value in found.items():
+        assert np.all(np.isfinite(np.asarray(value, np.float64))), name
+    assert not found["conflict"].any() and not found["kappa_pairs"].any()  # nobody left to disagree with
+    np.testing.assert_allclose(found["attribution"][missing], 0, atol=1e-6)
+    assert np.abs(found["mean"] - raw["mean"]).max() > 0.01  # it had something to say
+    done = finish(found, case)
+    assert all(np.isfinite(done[name]).all() for name in ("probability", "error_probability"))
+    assert all(record["missing"] == [("A", "B")[missing]] for record in done["records"])
+
+
+def finish(found, case):
+    return inference.finish(
+        found, case, chosen="identity", params={}, modalities=("A", "B"), classes=("background", "core", "rim"),
+        regions={"all": (1, 2), "core": (1,)}, started=time.perf_counter(),
+    )  # fmt: skip
+
+
+def test_a_prediction_has_all_its_maps(raw):
+    done, space = finish(dict(raw), volume()), (DEPTH, SIZE - 1, SIZE - 3)
+    assert done["label"].dtype == done["cause"].dtype == done["hypotheses"].dtype == np.uint8
+    for name in ("probability", "probability_raw"):
+        assert done[name].shape == (*space, K)
+        np.testing.assert_allclose(done[name].sum(-1), 1, atol=1e-4)
+    maps = ("entropy", "divergence", "within", "disagreement", "gap", "conflict", "js", "delta_conflict")
+    for name in (*maps, "conflict_uncertainty", "error_probability"):
+        assert done[name].shape == space and done[name].dtype == np.float32, name
+    for name in ("attribution", "delta_modality", "counterfactual"):
+        assert done[name].shape == (M, *space), name
+    assert done["support"].shape == done["unimodal"].shape == (M, *space, K)
+    assert done["kappa_pairs"].shape == (1, *space)
+    np.testing.assert_allclose(done["entropy"], done["within"] + done["divergence"], atol=1e-4)  # TU = WU + HU
+    body = volume().body
+    assert not done["error_probability"][~body].any() and done["error_probability"][body].any()
+    assert not done["cause"][~body].any()
+    assert set(done["regions"]) == {"all", "core"} and 0 <= done["predicted_dice"] <= 1
+    assert done["seconds"] >= 0 and all(record["sentence"] for record in done["records"])
+
+
+# What the devices do ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chunk(raw):
+    """A chunk of eight slices, encoded: (evidence, present, number)."""
+    evidence, _, batch = inference.first_look(
+        params(), volume(), KEY, model=MODEL, sampler=SAMPLER, mesh=data_mesh(jax.devices()[:1]), multiple=SIZE
+    )
+    return evidence, batch["present"], batch["case"]
+
+
+def lowered(devices, chunk):
+    mesh = data_mesh(jax.devices()[:devices])
+    return inference.draw.lower(params(), *chunk, KEY, model=MODEL, sampler=SAMPLER, mesh=mesh, hypotheses=N)
+
+
+def test_eight_devices_do_an_eighth_each(chunk):
+    one, eight = (lowered(devices, chunk).compile() for devices in (1, 8))
+    flops = [compiled.cost_analysis()["flops"] for compiled in (one, eight)]
+    # What does not depend on the slices, such as the embedding of the noise level, is done by every device.
+    assert flops[0] / 8 <= flops[1] < 1.3 * flops[0] / 8
+    assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", eight.as_text())
+
+
+def count(jaxpr, primitive):
+    """How often a primitive stands in a jaxpr, inner ones included; bodies of loops count once."""
+    found = 0
+    for equation in jaxpr.eqns:
+        found += equation.primitive.name == primitive
+        found += sum(count(inner, primitive) for inner in jax.core.jaxprs_in_params(equation.params))
+    return found
+
+
+def chains(jaxpr, length):
+    """The bodies of the loops of so many steps."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan" and equation.params["length"] == length:
+            yield equation.params["jaxpr"].jaxpr
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from chains(inner, length)
+
+
+def test_a_step_of_the_chain_runs_the_denoiser_and_nothing_else(chunk):
+    evidence, present, number = chunk
+    condition = inference._condition(MODEL, params(), evidence, present)
+    noisy, log_snr = np.zeros((len(number), SIZE, SIZE, K), np.float32), np.zeros(len(number), np.float32)
+    once = jax.make_jaxpr(inference._denoise(MODEL, params()))(noisy, log_snr, condition)
+    convolutions = count(once.jaxpr, "conv_general_dilated")
+    mesh = data_mesh(jax.devices()[:1])
+    options = {"model": MODEL, "sampler": SAMPLER, "mesh": mesh, "hypotheses": N}
+    whole = jax.make_jaxpr(functools.partial(inference.draw, **options))(params(), *chunk, KEY)
+    (body,) = chains(whole.jaxpr, SAMPLER.steps)
+    assert count(body, "conv_general_dilated") == convolutions > 5
+    fuse = jax.make_jaxpr(functools.partial(inference._condition, MODEL))(params(), evidence, present)
+    # The chain once, the one-step estimate once, the fusion once: no encoder, nothing a second time.
+    total = 2 * convolutions + count(fuse.jaxpr, "conv_general_dilated")
+    assert count(whole.jaxpr, "conv_general_dilated") == total
+
+
+def test_pmap_of_the_sampler_draws_the_same_hypotheses(chunk, raw):
+    def one_device(evidence, present, number):
+        condition = inference._condition(MODEL, params(), evidence, present)
+        denoise = lambda x, log_snr, condition: apply(MODEL, params(), x, log_snr, condition, method="denoise")  # noqa: E731
+        return segdiff_sampler.sample(
+            denoise, condition, condition.fused.kappa, number, KEY, sampler=SAMPLER, classes=K, hypotheses=N
+        )[1]
+
+    spread = jax.tree.map(lambda x: jnp.reshape(x, (8, 1, *x.shape[1:])), chunk)
+    members = np.asarray(jax.pmap(one_device)(*spread))[:, 0, :, : SIZE - 1, : SIZE - 3]
+    assert members.shape == (8, N, SIZE - 1, SIZE - 3, K)
+    labels = np.moveaxis(np.argmax(members, axis=-1), 1, 0)
+    assert np.mean(labels != raw["hypotheses"]) < 2e-3
