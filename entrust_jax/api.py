@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import math
 import time
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +79,15 @@ def init_params(config: Any, key: jax.Array) -> Any:
     return network.init({"params": key, "dropout": key}, batch, key)
 
 
+def coarsest(config: Any) -> int:
+    """Voxels along the side of one voxel of the network's coarsest scale: in-plane sizes must be a multiple of it."""
+    widths = config.model.widths if config.method == "entrust" else config.unet.widths
+    return config.model.space_to_depth * 2 ** (len(widths) - 1)
+
+
 def multiple(config: Any) -> int:
     """In-plane sizes are padded to a multiple of this: what pooling needs, and few enough shapes to compile for."""
-    widths = config.model.widths if config.method == "entrust" else config.unet.widths
-    return max(16, config.model.space_to_depth * 2 ** (len(widths) - 1))
+    return math.lcm(16, coarsest(config))
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -110,11 +118,13 @@ def load(workdir: Path | str) -> Trained:
         )
     try:
         meta = json.loads(meta_path.read_text())
+        tau, rung = float(meta["tau"]), str(meta["chosen"])
         with np.load(values) as file:
             params = {name: file[name] for name in file.files}
-    except (ValueError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
-            f"{values}: is damaged ({error}); remove calibration.json and calibration.npz and run train again"
+            f"{values} or .json beside it: is damaged ({type(error).__name__}: {error}); "
+            "remove both and run train again, it goes on"
         ) from None
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     manager = checkpoint.open_manager(workdir / "checkpoints" / "best", read_only=True)
@@ -133,8 +143,8 @@ def load(workdir: Path | str) -> Trained:
         network=network_of(config),
         params=jax.device_put(restored[0], mesh.replicated(m)),
         mesh=m,
-        tau=meta["tau"],
-        rung=meta["chosen"],
+        tau=tau,
+        rung=rung,
         calibration=params,
         meta=meta,
     )

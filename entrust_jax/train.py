@@ -91,6 +91,13 @@ def check(workdir: Path, config: Any) -> None:
     """Mistakes that can be seen at once, in the config and the folder: a folder belongs to one config."""
     if config.method not in NETWORK_STAGES:
         raise UserError(f"config.method is {config.method!r}; set it to one of {', '.join(NETWORK_STAGES)}")
+    data, side = config.data, api.coarsest(config)
+    if any(size % side for size in data.patch):
+        raise UserError(f"config.data.patch is {tuple(data.patch)}; give multiples of {side}, for the coarsest scale")
+    if data.reference not in data.modalities:
+        raise UserError(f"config.data.reference is {data.reference!r}; set it to one of {', '.join(data.modalities)}")
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir}: is a file; name a folder")
     path = workdir / "config.json"
     if path.exists():
         old, values = json.loads(api.read_config(workdir).to_json()), json.loads(config.to_json())
@@ -408,9 +415,10 @@ def run_stage(
                         "look at these scans, or lower config.train.learning_rate"
                     )
             now = i + 1
-            if now % t.log_every == 0 or now == stage.steps:
+            evaluate = now % t.eval_every == 0 or now == stage.steps
+            if evaluate or now % t.log_every == 0:
                 row = {"step": stage.begin + now, "stage": stage.name} | summarise(figures, config)
-                if now % t.eval_every == 0 or now == stage.steps:
+                if evaluate:
                     row |= validate(config, network, stage, state.ema, validation)
                     keep_best(best, stage, stage.begin + now, state.ema, row["val/score"])
                 logs.append_row(rows, row)

@@ -45,7 +45,7 @@ def test_cases_of_a_split(ensemble):
 
 
 def test_the_phantom_has_no_folder(ensemble, tmp_path):
-    with pytest.raises(UserError, match="built-in phantom.*leave --data_dir out"):
+    with pytest.raises(UserError, match=r"built-in phantom.*leave --data_dir out"):
         api.read_cases(ensemble, str(tmp_path))
 
 
@@ -91,11 +91,14 @@ def widen(path):
         (lambda run: truncate(run / "splits.json"), ["splits.json", "damaged"]),
         (lambda run: shutil.rmtree(run / "checkpoints" / "best"), ["checkpoints/best", "no checkpoint"]),
         (lambda run: [shutil.rmtree(p) for p in (run / "checkpoints" / "best").iterdir()], ["holds no checkpoint"]),
-        (lambda run: [truncate(p) for p in (run / "checkpoints" / "best").rglob("d/*")], ["checkpoints/best", "damaged"]),
+        (
+            lambda run: [truncate(p) for p in (run / "checkpoints" / "best").rglob("d/*")],
+            ["checkpoints/best", "damaged"],
+        ),
         (lambda run: widen(run / "config.json"), ["checkpoints/best", "another config"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
-)  # fmt: skip
+)
 def test_what_is_wrong_with_a_folder_is_one_line(folder, damage, words):
     damage(folder)
     with pytest.raises(UserError) as error:

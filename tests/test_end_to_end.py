@@ -382,12 +382,27 @@ MISTAKES = {
         ["train", "--config=configs/brats.py:demo", "--config.method=magic"],
         ["config.method is 'magic'", "deep_ensemble"],
     ),
+    "patch that cannot be halved": (
+        ["train", "--config=configs/glioma.py", "--config.data.patch=(100,96)"],
+        ["config.data.patch is (100, 96)", "multiples of 16"],
+    ),
+    "unknown reference": (
+        ["train", "--config=configs/glioma.py", "--config.data.reference=Flair"],
+        ["config.data.reference is 'Flair'", "T1, FLAIR, T1ce"],
+    ),
+    "working folder is a file": (
+        ["train", "--config=configs/brats.py:demo", "--workdir={d}/good.nii.gz"],
+        ["good.nii.gz: is a file"],
+    ),
     "phantom that does not fit": (
         ["train", "--config=configs/brats.py:demo", "--config.data.phantom.radius=20.0"],
         ["data.phantom.radius", "smaller"],
     ),
     "unknown layout": (["train", "--config=configs/brats.py", "--config.data.layout=dicom"], ["layout", "brats"]),
-    "another config": (["train", "--config=configs/brats.py:demo", "--workdir={w}"], ["config.json", "another --workdir"]),
+    "another config": (
+        ["train", "--config=configs/brats.py:demo", "--workdir={w}"],
+        ["config.json", "another --workdir"],
+    ),
     "predict: unfinished": (
         ["predict", "--workdir={u}", "--output={o}", "T1={d}/good.nii.gz"],
         ["has not finished", "same train command"],
@@ -402,7 +417,10 @@ MISTAKES = {
     ),
     "predict: no output": (["predict", "--workdir={w}", "T1={d}/good.nii.gz"], ["--output", "missing"]),
     "predict: no scan": (["predict", "--workdir={w}", "--output={o}"], ["no scan given"]),
-    "predict: no such scan": (["predict", "--workdir={w}", "--output={o}", "T1={d}/x.nii.gz"], ["x.nii.gz: no such file"]),
+    "predict: no such scan": (
+        ["predict", "--workdir={w}", "--output={o}", "T1={d}/x.nii.gz"],
+        ["x.nii.gz: no such file"],
+    ),
     "predict: unknown modality": (
         ["predict", "--workdir={w}", "--output={o}", "PET={d}/good.nii.gz"],
         ["PET", "T1, T1ce, T2, FLAIR"],
@@ -412,7 +430,10 @@ MISTAKES = {
         ["truncated.nii.gz", "copy or download"],
     ),
     "predict: NaN": (["predict", "--workdir={w}", "--output={o}", "T1={d}/nan.nii.gz"], ["nan.nii.gz", "NaN"]),
-    "predict: constant": (["predict", "--workdir={w}", "--output={o}", "T1={d}/constant.nii.gz"], ["constant", "value 7"]),
+    "predict: constant": (
+        ["predict", "--workdir={w}", "--output={o}", "T1={d}/constant.nii.gz"],
+        ["constant", "value 7"],
+    ),
     "predict: elsewhere": (
         ["predict", "--workdir={w}", "--output={o}", "T1={d}/good.nii.gz", "FLAIR={d}/far.nii.gz"],
         ["far.nii.gz", "does not overlap", "good.nii.gz"],
@@ -442,7 +463,7 @@ MISTAKES = {
     ),
     "evaluate: output holds other files": (["evaluate", "--workdir={w}", "--output={d}"], ["holds other files"]),
     "evaluate: unknown split": (["evaluate", "--workdir={w}", "--split=train", "--output={o}"], ["split", "test"]),
-}  # fmt: skip
+}
 
 
 def write_scan(path, values, shift=0.0):

@@ -161,6 +161,14 @@ def test_a_stage_that_is_stopped_goes_on_to_the_same_bits(config, run, tmp_path,
     assert rows[0] == rows[1]
 
 
+def test_validation_keeps_its_own_pace(config, run, tmp_path):
+    paced = config.copy_and_resolve_references()
+    paced.train.update(log_every=4, eval_every=3)
+    go(paced, run, tmp_path, begin(config, run))
+    rows = logs.read_rows(tmp_path / "metrics.jsonl")
+    assert [(row["step"], "val/score" in row) for row in rows] == [(3, True), (4, False), (6, True)]
+
+
 def test_a_stop_at_the_last_step_is_left_to_the_end_of_the_stage(config, run, tmp_path):
     asked = []
     go(config, run, tmp_path, begin(config, run), should_stop=asked.append)
@@ -196,7 +204,12 @@ def test_a_damaged_last_checkpoint_is_one_line(config, run, tmp_path):
 
 def test_sigterm_is_ours_only_while_there_is_a_state_to_save(config, run, tmp_path, monkeypatch):
     before, seen = signal.getsignal(signal.SIGTERM), []
-    monkeypatch.setattr(train, "run_stage", lambda *_: seen.append(signal.getsignal(signal.SIGTERM)) or begin(config, run))
+
+    def stage(*_):
+        seen.append(signal.getsignal(signal.SIGTERM))
+        return begin(config, run)
+
+    monkeypatch.setattr(train, "run_stage", stage)
     network_run(config, run, tmp_path)
     assert seen[0] is not before and signal.getsignal(signal.SIGTERM) is before
 
@@ -275,7 +288,7 @@ def test_a_folder_belongs_to_one_config_but_its_data_may_move(config, tmp_path):
 def test_an_unknown_method_names_those_there_are(config, tmp_path):
     odd = config.copy_and_resolve_references()
     odd.method = "magic"
-    with pytest.raises(UserError, match="config.method is 'magic'.*entrust, unet, deep_ensemble"):
+    with pytest.raises(UserError, match=r"config.method is 'magic'.*entrust, unet, deep_ensemble"):
         train.check(tmp_path / "w", odd)
     assert not (tmp_path / "w").exists()
 
