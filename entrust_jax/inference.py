@@ -364,6 +364,7 @@ def finish(
     out |= {"present": volume.present, "probability_raw": before, "probability": p_cal, "error_probability": e}
     evidence: dict[str, Any] = {}
     if "conflict" in raw:
+        out["conflict"] = raw["conflict"] * volume.body  # outside the body there is nothing to contradict
         out["cause"] = explanation.cause(e, raw["conflict"], raw["support"], border, volume.body, volume.present)
         evidence = {
             "cause": out["cause"],
