@@ -26,6 +26,7 @@ from entrust_jax.trustmap import calibration, case, explanation, probing, statis
 
 ACTIVE = 0.005  # a slice is sampled when p_1 of foreground exceeds this somewhere in the body
 CHUNK = 8  # slices per compiled call, rounded up to the number of devices
+OUTSIDE = 10.0  # logit of background outside the body, and minus that of every other class
 MEMBERS = 8  # hypotheses that are in memory at once within a call
 # Maps with an axis of modalities or pairs; it comes first in a Raw.
 STACKED = ("kappa_pairs", "support", "unimodal", "attribution", "delta_modality", "counterfactual")
@@ -50,8 +51,20 @@ def _condition(model: EnTrust, params: Any, evidence: Evidence, present: Array) 
     return apply(model, params, evidence, mu, method="fuse")
 
 
-def _denoise(model: EnTrust, params: Any):
-    return lambda x_t, log_snr, condition: apply(model, params, x_t, log_snr, condition, method="denoise")
+def _in_body(logits: Array, body: Array) -> Array:
+    """Background outside the body, where no loss teaches a network what to say."""
+    nothing = jnp.full(logits.shape[-1], -OUTSIDE).at[0].set(OUTSIDE)
+    return jnp.where(body[..., None], logits, nothing.reshape((1,) * (logits.ndim - 1) + (-1,)))
+
+
+def _denoise(model: EnTrust, params: Any, body: Array):
+    """The denoiser as the sampler calls it. Masks are background outside the body, as they are in training: what the
+
+    network makes up there would come back through its convolutions at the next step.
+    """
+    return lambda x_t, log_snr, condition: _in_body(
+        apply(model, params, x_t, log_snr, condition, method="denoise"), body
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler", "mesh"))
@@ -63,7 +76,7 @@ def look(params: Any, batch: dict[str, Array], key: Array, *, model: EnTrust, sa
         condition = _condition(model, params, evidence, batch["present"])
         fused = condition.fused
         first = segdiff_sampler.one_step(
-            _denoise(model, params), condition, batch["case"], key,
+            _denoise(model, params, batch["body"]), condition, batch["case"], key,
             sampler=sampler, shape=fused.kappa.shape[1:], classes=model.classes,
         )  # fmt: skip
         return evidence, {
@@ -83,8 +96,7 @@ def look(params: Any, batch: dict[str, Array], key: Array, *, model: EnTrust, sa
 def draw(
     params: Any,
     evidence: Evidence,
-    present: Array,
-    number: Array,
+    batch: dict[str, Array],
     key: Array,
     *,
     model: EnTrust,
@@ -94,27 +106,24 @@ def draw(
 ):
     """N hypotheses of every slice of a chunk, reduced at once: (maps, labels u8 [b n *s])."""
 
-    def local(params, evidence, present, number, key):
-        condition = _condition(model, params, evidence, present)
+    def local(params, evidence, batch, key):
+        condition = _condition(model, params, evidence, batch["present"])
         first, members = segdiff_sampler.sample(
-            _denoise(model, params), condition, condition.fused.kappa, number, key,
+            _denoise(model, params, batch["body"]), condition, condition.fused.kappa, batch["case"], key,
             sampler=sampler, classes=model.classes, hypotheses=hypotheses, chunk=min(MEMBERS, hypotheses),
         )  # fmt: skip
         return statistics.statistics(members, first), jnp.argmax(members, axis=-1).astype(jnp.uint8)
 
-    split = jax.shard_map(
-        local, mesh=mesh, in_specs=(_WHOLE, _DATA, _DATA, _DATA, _WHOLE), out_specs=_DATA, check_vma=False
-    )
-    return split(params, evidence, present, number, key)
+    split = jax.shard_map(local, mesh=mesh, in_specs=(_WHOLE, _DATA, _DATA, _WHOLE), out_specs=_DATA, check_vma=False)
+    return split(params, evidence, batch, key)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler", "mesh"))
 def probe(
     params: Any,
     evidence: Evidence,
-    present: Array,
+    batch: dict[str, Array],
     label: Array,
-    number: Array,
     key: Array,
     *,
     model: EnTrust,
@@ -123,19 +132,19 @@ def probe(
 ) -> dict[str, Array]:
     """Asks the one-step predictor what it would say without each modality, subset and the conflict features."""
 
-    def local(params, evidence, present, label, number, key):
+    def local(params, evidence, batch, label, key):
         def one_step(availability, conflict_scale):
             condition = apply(model, params, evidence, availability, conflict_scale=conflict_scale, method="fuse")
             return segdiff_sampler.one_step(
-                _denoise(model, params), condition, number, key,
+                _denoise(model, params, batch["body"]), condition, batch["case"], key,
                 sampler=sampler, shape=availability.shape[2:], classes=model.classes,
             )  # fmt: skip
 
-        fused = _condition(model, params, evidence, present).fused
-        return probing.probe(one_step, present, fused.kappa, fused.weights, label)
+        fused = _condition(model, params, evidence, batch["present"]).fused
+        return probing.probe(one_step, batch["present"], fused.kappa, fused.weights, label)
 
-    split = jax.shard_map(local, mesh=mesh, in_specs=(_WHOLE, *(_DATA,) * 4, _WHOLE), out_specs=_DATA, check_vma=False)
-    return split(params, evidence, present, label, number, key)
+    split = jax.shard_map(local, mesh=mesh, in_specs=(_WHOLE, *(_DATA,) * 3, _WHOLE), out_specs=_DATA, check_vma=False)
+    return split(params, evidence, batch, label, key)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"))
@@ -144,7 +153,7 @@ def ensemble(params: Any, batch: dict[str, Array], *, model: UNet, mesh: Mesh) -
 
     def local(params, batch):
         logits = jax.vmap(lambda p: apply(model, p, batch["image"], batch["present"]))(params)
-        return jnp.moveaxis(jax.nn.softmax(logits, axis=-1), 0, 1)
+        return jnp.moveaxis(jax.nn.softmax(_in_body(logits, batch["body"][None]), axis=-1), 0, 1)
 
     return jax.shard_map(local, mesh=mesh, in_specs=(_WHOLE, _DATA), out_specs=_DATA, check_vma=False)(params, batch)
 
@@ -199,13 +208,13 @@ def examine(
     static = {"model": model, "sampler": sampler, "mesh": mesh}
     size = -(-CHUNK // mesh.size) * mesh.size
 
-    def of(rows: np.ndarray) -> tuple[Evidence, np.ndarray]:
-        return jax.tree.map(lambda x: x[rows], evidence), batch["present"][rows]
+    def of(rows: np.ndarray) -> tuple[Evidence, dict[str, np.ndarray]]:
+        return jax.tree.map(lambda x: x[rows], (evidence, batch))
 
     maps |= _as_one_hypothesis(maps["one_step"])
     labels = np.repeat(np.argmax(maps["one_step"], axis=-1).astype(np.uint8)[None], hypotheses, axis=0)
     for rows, real in _groups(chosen, size):
-        drawn, members = draw(params, *of(rows), batch["case"][rows], key, hypotheses=hypotheses, **static)
+        drawn, members = draw(params, *of(rows), key, hypotheses=hypotheses, **static)
         for name in ("mean", "entropy", "within", "divergence", "disagreement", "gap"):
             maps[name][rows[:real]] = np.asarray(drawn[name])[:real]
         labels[:, rows[:real]] = np.moveaxis(np.asarray(members)[:real], 1, 0)
@@ -214,8 +223,7 @@ def examine(
     label, decision = case.dice_bayes(maps["mean"], labels)
     maps |= _unprobed(label, model.modalities)
     for rows, real in _groups(chosen, size):
-        asked = label[rows].astype(np.int32)
-        found = probe(params, *of(rows), asked, batch["case"][rows], key, **static)
+        found = probe(params, *of(rows), label[rows].astype(np.int32), key, **static)
         found = {name: np.asarray(value)[:real] for name, value in found.items()}
         found["counterfactual"] = np.argmax(found["counterfactual"], axis=-1).astype(np.uint8)
         for name, value in found.items():
@@ -224,6 +232,7 @@ def examine(
         maps[name] = np.moveaxis(maps[name], 1, 0)
     return _crop(maps | {"hypotheses": labels, "label": label}, volume) | {
         "predicted_dice": decision["predicted_dice"],
+        "sampled": active[kept],
         "kept": kept,
         "slice_weight": weight,
     }
@@ -309,7 +318,7 @@ def _keep(active: np.ndarray, body: np.ndarray, count: int | None) -> tuple[np.n
         return np.arange(len(active)), np.ones(len(active), np.float32)
     chosen = np.flatnonzero(active)
     others = np.flatnonzero(~active & np.any(body, axis=tuple(range(1, body.ndim))))
-    quota = min(len(chosen), max(count - len(others), (3 * count) // 4))
+    quota = min(len(chosen), max(1, count - len(others), (3 * count) // 4))
     kept, weight = [], []
     for group, size in ((chosen, quota), (others, min(len(others), count - quota))):
         if size > 0:

@@ -115,7 +115,8 @@ def check(workdir: Path, config: Any) -> None:
 def claim(workdir: Path, config: Any) -> None:
     """Writes what the folder is for, once nothing can be wrong with config or data: from here on it has one config."""
     logs.write_json(workdir / "config.json", json.loads(config.to_json()))
-    logs.write_json(workdir / "version.json", logs.code_version())
+    if not (workdir / "version.json").exists():  # of the code that trained, not of one that looks on later
+        logs.write_json(workdir / "version.json", logs.code_version())
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

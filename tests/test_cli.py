@@ -24,6 +24,7 @@ def main(argv):
     if "bug" in argv:
         raise RuntimeError("a bug")
     if "interrupt" in argv:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
         os.kill(os.getpid(), signal.SIGINT)
     if "devices" in argv:
         cli.setup_devices(at_most=int(argv[2]) if len(argv) > 2 else None)

@@ -184,13 +184,14 @@ def test_summary_has_every_figure(comparison, method):
         assert all(stage["value"] is not None for stage in summary[name].values())
     for name in ("dice", "error_auroc", "aurc", "predicted_dice_mae", "seconds_per_case", "peak_memory_mb"):
         assert summary[name]["value"] is not None
-    assert summary["dice"]["n"] == CASES["test"] and summary["method"] == method
+    # Truth and prediction both empty: the case has no Dice, and is counted.
+    assert summary["dice"]["n"] + summary["dice"]["empty"] == CASES["test"] and summary["method"] == method
     if not absent:
         assert 0 <= summary["hypothesis_diversity"]["value"] <= 1
     with (output / method / "cases.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert sorted(row["case"] for row in rows) == [f"PHANTOM_{i:05d}" for i in range(21, 25)]
-    mean = np.mean([float(row["dice"]) for row in rows])
+    mean = np.mean([float(row["dice"]) for row in rows if row["dice"]])
     assert summary["dice"]["value"] == pytest.approx(mean)
     for name in ("reliability.png", "risk_coverage.png"):
         assert (output / method / name).read_bytes().startswith(b"\x89PNG")

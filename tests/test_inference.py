@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from entrust_jax import inference
 from entrust_jax.data.preprocess import Volume, coordinates
-from entrust_jax.layers import apply
 from entrust_jax.model import EnTrust
 from entrust_jax.runtime.mesh import data_mesh
 from entrust_jax.segdiff import sampler as segdiff_sampler
@@ -177,16 +176,24 @@ def test_a_prediction_has_all_its_maps(raw):
     assert done["seconds"] >= 0 and all(record["sentence"] for record in done["records"])
 
 
+def test_nothing_is_found_outside_the_body(raw):
+    case = volume()
+    outside = ~case.body
+    assert outside.any()
+    assert not raw["label"][outside].any() and not raw["hypotheses"][:, outside].any()
+    assert raw["one_step"][outside][..., 0].min() > 0.999 and raw["divergence"][outside].max() < 1e-3
+
+
 # What the devices do ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def chunk(raw):
-    """A chunk of eight slices, encoded: (evidence, present, number)."""
+    """A chunk of eight slices, encoded: (evidence, batch)."""
     evidence, _, batch = inference.first_look(
         params(), volume(), KEY, model=MODEL, sampler=SAMPLER, mesh=data_mesh(jax.devices()[:1]), multiple=SIZE
     )
-    return jax.tree.map(jnp.asarray, (evidence, batch["present"], batch["case"]))
+    return jax.tree.map(jnp.asarray, (evidence, batch))
 
 
 def lowered(devices, chunk):
@@ -227,10 +234,12 @@ def chains(jaxpr, length):
 
 
 def test_a_step_of_the_chain_runs_the_denoiser_and_nothing_else(chunk):
-    evidence, present, number = chunk
+    evidence, batch = chunk
+    present, number = batch["present"], batch["case"]
     fuse = functools.partial(inference._condition, MODEL, params())
     noisy, log_snr = jnp.zeros((len(number), SIZE, SIZE, K)), jnp.zeros(len(number))
-    once = jax.make_jaxpr(inference._denoise(MODEL, params()))(noisy, log_snr, jax.eval_shape(fuse, evidence, present))
+    denoise = inference._denoise(MODEL, params(), batch["body"])
+    once = jax.make_jaxpr(denoise)(noisy, log_snr, jax.eval_shape(fuse, evidence, present))
     convolutions = count(once.jaxpr, "conv_general_dilated")
     mesh = data_mesh(jax.devices()[:1])
     options = {"model": MODEL, "sampler": SAMPLER, "mesh": mesh, "hypotheses": N}
@@ -243,11 +252,11 @@ def test_a_step_of_the_chain_runs_the_denoiser_and_nothing_else(chunk):
 
 
 def test_pmap_of_the_sampler_draws_the_same_hypotheses(chunk, raw):
-    def one_device(evidence, present, number):
-        condition = inference._condition(MODEL, params(), evidence, present)
-        denoise = lambda x, log_snr, condition: apply(MODEL, params(), x, log_snr, condition, method="denoise")  # noqa: E731
+    def one_device(evidence, batch):
+        condition = inference._condition(MODEL, params(), evidence, batch["present"])
+        denoise = inference._denoise(MODEL, params(), batch["body"])
         return segdiff_sampler.sample(
-            denoise, condition, condition.fused.kappa, number, KEY, sampler=SAMPLER, classes=K, hypotheses=N
+            denoise, condition, condition.fused.kappa, batch["case"], KEY, sampler=SAMPLER, classes=K, hypotheses=N
         )[1]
 
     spread = jax.tree.map(lambda x: jnp.reshape(x, (8, 1, *x.shape[1:])), chunk)

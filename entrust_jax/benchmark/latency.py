@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import Array
 
 from entrust_jax import api, cli, inference
 from entrust_jax.baselines import unet
@@ -60,11 +59,10 @@ def main(argv: Sequence[str]) -> None:
     evidence, _ = inference.look(params, batch, key, **static)
     label = batch["label"]
 
-    def entrust() -> Array:
+    def entrust() -> Any:
         found, _ = inference.look(params, batch, key, **static)
-        _, members = inference.draw(params, found, batch["present"], batch["case"], key, hypotheses=n, **static)
-        inference.probe(params, found, batch["present"], label, batch["case"], key, **static)
-        return members
+        drawn = inference.draw(params, found, batch, key, hypotheses=n, **static)
+        return drawn, inference.probe(params, found, batch, label, key, **static)
 
     result: dict[str, Any] = {
         "config": config.name,
@@ -74,12 +72,9 @@ def main(argv: Sequence[str]) -> None:
         "device": jax.devices()[0].device_kind,
         "encode_and_one_step": seconds(lambda: inference.look(params, batch, key, **static), repeats),
         "hypotheses_only": seconds(
-            lambda: inference.draw(params, evidence, batch["present"], batch["case"], key, hypotheses=n, **static),
-            repeats,
+            lambda: inference.draw(params, evidence, batch, key, hypotheses=n, **static), repeats
         ),
-        "probes_only": seconds(
-            lambda: inference.probe(params, evidence, batch["present"], label, batch["case"], key, **static), repeats
-        ),
+        "probes_only": seconds(lambda: inference.probe(params, evidence, batch, label, key, **static), repeats),
         "hypotheses_with_trustmap": seconds(entrust, repeats),
     }
     for method in ("unet", "deep_ensemble"):

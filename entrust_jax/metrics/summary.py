@@ -52,7 +52,8 @@ CONVENTIONS = {
     "against 1/2 sum_k .92 sqrt(p_k (1 - p_k) / N) + .02 "
     "(bound)",
     "conflict_alignment": "divergence (nats) of voxels with conflict > .1 less that of the others "
-    "within strata of equal one-step entropy and border distance (mm) in the ROI; the "
+    "within strata of equal one-step entropy and border distance (mm), in the body and ROI of "
+    "the slices for which hypotheses were drawn; the "
     "permutation null takes voxels as exchangeable within a stratum, "
     "p_sign_flip takes patients",
 }
@@ -170,7 +171,9 @@ def score_case(
             share = usefulness.unit_entropy(usefulness.entropy(prediction["one_step"]), len(targets.classes))
         box = surface.bounding_box(inside | (prediction["label"] > 0), margin=1)
         distance = surface.border_distance(prediction["label"][box], spacing)
-        chosen = inside[box]
+        # Only where hypotheses were drawn: elsewhere they cannot differ, whatever the conflict.
+        seen = inside & body & np.asarray(prediction.get("sampled", np.ones(len(label), bool)))[:, None, None]
+        chosen = seen[box]
         aligned = conflict.alignment(
             prediction["divergence"][box][chosen],
             prediction["conflict"][box][chosen] > conflict.HIGH_CONFLICT,

@@ -224,6 +224,8 @@ def test_ctrl_c_in_a_process_of_its_own_leaves_nothing(tmp_path):
     program = (
         "import os, signal, sys, time; from pathlib import Path\n"
         "from entrust_jax.report.output import check_output, whole_folder\n"
+        # a shell's background jobs start with the signal ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with whole_folder(Path(sys.argv[1]), check_output) as folder:\n"
         "    (folder / 'a').write_bytes(b'x'); os.kill(os.getpid(), signal.SIGINT); time.sleep(20)\n"
     )
