@@ -3,6 +3,9 @@
     python -m entrust_jax.train --config=configs/brats.py --config.data.dir=FOLDER   (accelerators; not run here)
     python -m entrust_jax.train --config=configs/brats.py:demo                       (built-in phantom, two CPU cores)
 
+Time: the demo about 6 minutes on two CPU cores, compilation included; the full setting was not run here. Scores: the
+demo prints its validation Dice; that of the full setting is not known.
+
 The folder holds one folder a case, BraTS 2020 / 2021 (NAME_t1.nii.gz ...) or 2023 (NAME-t1n.nii.gz ...) names. In the
 2023 layout ET has the value 3: --config.data.label_map="((0,0),(1,1),(2,2),(3,3))". BraTS 2013 as redistributed has
 four tumour values: --config.data.label_map="((0,0),(1,1),(2,2),(3,1),(4,3))".

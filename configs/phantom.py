@@ -2,6 +2,8 @@
 
     python -m entrust_jax.train --config=configs/phantom.py
 
+Time and score: not run here yet.
+
 Where the readers contradict each other Bayes gives .89 to the reliable one; averaging gives .63, "conflict is maximal
 entropy" .5.
 """

@@ -27,6 +27,8 @@ from entrust_jax.report import output as output_folder
 from entrust_jax.runtime import logs
 
 FLAGS = flags.FLAGS
+# What an evaluation leaves in its folder, beside a folder with a summary.json for each of several methods.
+WRITTEN = ("summary.json", "cases.csv", "reliability.png", "risk_coverage.png", "comparison.json", "comparison.md")
 
 
 def define_flags() -> None:
@@ -310,8 +312,9 @@ def check_output(output: Path) -> None:
         return
     if not output.is_dir():
         raise UserError(f"--output={output} is a file: name a folder")
-    if any(output.iterdir()) and not any((output / name).is_file() for name in ("summary.json", "comparison.json")):
-        raise UserError(f"--output={output} holds other files, which would be replaced: name another folder")
+    foreign = [p.name for p in output.iterdir() if p.name not in WRITTEN and not (p / "summary.json").is_file()]
+    if foreign:
+        raise UserError(f"--output={output} holds {sorted(foreign)[0]}, which would be lost: name another folder")
 
 
 if __name__ == "__main__":

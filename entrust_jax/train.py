@@ -516,7 +516,7 @@ def keep_best(best: Any, stage: Stage, step: int, ema: Any, score: float) -> Non
     """Saves EMA parameters that are better than any of this stage's before."""
     meta = checkpoint.read_meta(best)
     if np.isfinite(score) and (meta is None or meta["stage"] != stage.name or score < meta["metric"]):
-        checkpoint.save_best(best, step, ema, {"step": step, "metric": score, "stage": stage.name}, wait=False)
+        checkpoint.save_best(best, step, ema, {"step": step, "metric": score, "stage": stage.name})
 
 
 # After training -------------------------------------------------------------------------------------------------------

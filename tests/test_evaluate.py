@@ -272,7 +272,7 @@ def test_a_failure_keeps_the_earlier_results(tmp_path):
 
 def test_a_folder_of_other_files_is_not_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(errors.UserError, match="other files"):
+    with pytest.raises(errors.UserError, match="which would be lost"):
         evaluate.check_output(tmp_path)
     with pytest.raises(errors.UserError, match="file"):
         evaluate.check_output(tmp_path / "thesis.tex")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -94,9 +95,7 @@ def nnunet_cases(folder: Path, modalities: Sequence[str]) -> list[Case]:
     try:
         info = json.loads(description.read_text())
     except FileNotFoundError:
-        raise UserError(
-            f"{description}: no such file; an nnU-Net raw folder has one beside imagesTr/"
-        ) from None
+        raise UserError(f"{description}: no such file; an nnU-Net raw folder has one beside imagesTr/") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{description}: cannot be read ({error}); mend the file") from None
     named = info.get("channel_names", info.get("modality")) if isinstance(info, dict) else None
@@ -158,8 +157,7 @@ def find_cases(layout: str, folder: Path | str, modalities: Sequence[str]) -> li
     cases = [case for case in find(folder, modalities) if case.images]
     if not cases:
         raise UserError(
-            f"{folder}: holds no case with any of {', '.join(modalities)};"
-            f" the {layout} layout expects {expected}"
+            f"{folder}: holds no case with any of {', '.join(modalities)}; the {layout} layout expects {expected}"
         )
     if not any(len(case.images) == len(modalities) for case in cases):
         present = [name for name in modalities if any(name in case.images for case in cases)]
@@ -179,9 +177,7 @@ def case_from_folder(folder: Path | str, modalities: Sequence[str]) -> Case:
     # Resolved, so that "." and "case/" have the folder's name.
     path = Path(folder).resolve()
     if not path.is_dir():
-        raise UserError(
-            f"{folder}: no such folder; give the folder of one case, with NAME_flair.nii.gz and so on"
-        )
+        raise UserError(f"{folder}: no such folder; give the folder of one case, with NAME_flair.nii.gz and so on")
     case = brats_case(path, modalities)
     if not case.images:
         raise UserError(
@@ -194,21 +190,17 @@ def case_from_folder(folder: Path | str, modalities: Sequence[str]) -> Case:
 def case_from_files(files: Mapping[str, Path | str], modalities: Sequence[str]) -> Case:
     """A case from files given one by one, {"T1": path}; names without regard to case.
 
-    Its name is that of the first file in model order. Raises UserError for an unknown or repeated modality, a
-    missing file, or none at all.
+    Its name is that of the first file in model order, less a channel number or modality at its end. Raises UserError
+    for an unknown or repeated modality, a missing file, or none at all.
     """
     known = {modality.lower(): modality for modality in modalities}
     given: dict[str, Path] = {}
     for name, file in files.items():
         if name.lower() not in known:
-            raise UserError(
-                f"{name}={file}: the model has no modality {name}; it knows {', '.join(modalities)}"
-            )
+            raise UserError(f"{name}={file}: the model has no modality {name}; it knows {', '.join(modalities)}")
         modality, path = known[name.lower()], Path(file)
         if modality in given:
-            raise UserError(
-                f"{name}={file}: two files for {modality}, {given[modality]} too; keep one of them"
-            )
+            raise UserError(f"{name}={file}: two files for {modality}, {given[modality]} too; keep one of them")
         if not path.is_file():
             raise UserError(f"{path}: no such file; give the path of the {modality} scan")
         given[modality] = path
@@ -218,4 +210,6 @@ def case_from_files(files: Mapping[str, Path | str], modalities: Sequence[str]) 
     first = next(iter(images.values())).name
     ending = next((e for e in ENDINGS if first.endswith(e)), "")
     name = first[: len(first) - len(ending)]
+    # NAME_0001 and NAME_flair are NAME, as in a data set: so the sampling noise does not depend on the first file.
+    name = re.sub(rf"(?<=.)[_-](\d{{4}}|{'|'.join(map(re.escape, modalities))})$", "", name, flags=re.IGNORECASE)
     return Case(name, name, case_number(name), images, None)

@@ -182,3 +182,12 @@ def test_real_brats_set_lacks_two_modalities(data_root):
         layouts.find_cases("brats", folder, FOUR)
     cases = layouts.find_cases("brats", folder, ("FLAIR", "T1ce"))
     assert len(cases) == 3 and all(set(case.images) == {"FLAIR", "T1ce"} and case.label for case in cases)
+
+
+def test_case_from_files_is_named_as_in_its_data_set(tmp_path):
+    for first in ("LGG_1_0001.nii.gz", "LGG_1_flair.nii.gz", "LGG_1-FLAIR.nii.gz"):
+        (tmp_path / first).write_bytes(b"")
+        case = layouts.case_from_files({"FLAIR": tmp_path / first}, FOUR)
+        assert case.name == "LGG_1" and case.number == layouts.case_number("LGG_1")
+    (tmp_path / "_0001.nii.gz").write_bytes(b"")
+    assert layouts.case_from_files({"FLAIR": tmp_path / "_0001.nii.gz"}, FOUR).name == "_0001"
