@@ -566,8 +566,7 @@ def calibrate(
             raw = api.examine_with(config, network, params, devices, tau, volume, config.train.calibration_slices)
             slices.append(calibration_slices(raw, volume, patients.index(volume.patient), config.seed))
             show(i + 1)
-    fields = [field.name for field in dataclasses.fields(calibration.CalibrationSet)]
-    data = calibration.CalibrationSet(*(np.concatenate([getattr(part, name) for part in slices]) for name in fields))
+    data = join(slices)
     found = calibration.select(data, jax.random.key(config.seed), config.train.head_steps)
     logs.write_bytes(workdir / "calibration.npz", _npz(found["params"]))
     table = found["table"]
@@ -579,6 +578,22 @@ def calibrate(
     for name, row in table.items():
         mark = " <- chosen" if name == found["chosen"] else ""
         print(f"  {name:18s} NLL {row['nll']:.5f}{mark}")
+
+
+def join(parts: Sequence[calibration.CalibrationSet]) -> calibration.CalibrationSet:
+    """One set of the slices of many cases, padded to the largest in-plane size with voxels of weight 0 and label -1."""
+    size = np.max([part.label.shape[1:] for part in parts], axis=0)
+
+    def padded(part: calibration.CalibrationSet, name: str) -> np.ndarray:
+        value = getattr(part, name)
+        if value.ndim == 1:
+            return value
+        more = [(0, 0), *((0, int(n - m)) for n, m in zip(size, value.shape[1:3], strict=True))]
+        more += [(0, 0)] * (value.ndim - 3)
+        return np.pad(value, more, constant_values=-1 if name == "label" else 0)
+
+    names = [f.name for f in dataclasses.fields(calibration.CalibrationSet)]
+    return calibration.CalibrationSet(*(np.concatenate([padded(part, name) for part in parts]) for name in names))
 
 
 def calibration_slices(raw: inference.Raw, volume: Volume, patient: int, seed: int) -> calibration.CalibrationSet:

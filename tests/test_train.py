@@ -19,6 +19,7 @@ from entrust_jax import api, cli, train
 from entrust_jax.data import dataset, pipeline
 from entrust_jax.errors import UserError
 from entrust_jax.runtime import checkpoint, logs, mesh, state
+from entrust_jax.trustmap import calibration
 
 
 def quadratic(params, batch, key, step):
@@ -365,3 +366,19 @@ def test_data_that_cannot_be_read_leaves_no_split_behind(scans, tmp_path):
     assert json.loads((tmp_path / "trained" / "splits.json").read_text())["test"] == kept["test"]
     scans.data.label_map = ((0, 0), (3, 1))  # the mend that the message names, in the same folder
     assert train.read_data(scans, tmp_path / "w")[0] == kept
+
+
+def test_calibration_joins_scans_of_different_sizes():
+    def part(h, w, patient):
+        rng = np.random.default_rng(patient)
+        log_p = np.log(np.full((2, h, w, 3), 1 / 3, np.float32))
+        label = rng.integers(0, 3, (2, h, w))
+        return calibration.CalibrationSet(
+            features=rng.normal(size=(2, h, w, 4)).astype(np.float32), one_step=log_p, mean=log_p, label=label,
+            delivered=label, weight=np.ones((2, h, w), np.float32), patient=np.full(2, patient),
+        )  # fmt: skip
+
+    joined = train.join([part(5, 7, 0), part(6, 4, 1)])
+    assert joined.features.shape == (4, 6, 7, 4) and joined.label.shape == joined.weight.shape == (4, 6, 7)
+    assert joined.weight.sum() == 2 * (5 * 7 + 6 * 4) and np.all((joined.weight > 0) == (joined.label >= 0))
+    assert list(joined.patient) == [0, 0, 1, 1]
