@@ -314,7 +314,9 @@ def check_output(output: Path) -> None:
         raise UserError(f"--output={output} is a file: name a folder")
     foreign = [p.name for p in output.iterdir() if p.name not in WRITTEN and not (p / "summary.json").is_file()]
     if foreign:
-        raise UserError(f"--output={output} holds {sorted(foreign)[0]}, which would be lost: name another folder")
+        raise UserError(
+            f"--output={output} holds other files ({sorted(foreign)[0]}), which would be lost: name another folder"
+        )
 
 
 if __name__ == "__main__":
