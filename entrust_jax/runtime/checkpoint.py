@@ -5,6 +5,7 @@ and `best` (EMA parameters, to predict). A step is written beside and renamed, s
 complete steps only.
 """
 
+import asyncio
 import contextlib
 import signal
 import threading
@@ -21,6 +22,8 @@ from orbax.checkpoint.checkpoint_managers import FixedIntervalPolicy, preservati
 
 from entrust_jax.errors import UserError
 from entrust_jax.runtime.logs import write_bytes
+
+READ_SECONDS = 30  # how long the other reads of a damaged checkpoint may take to end
 
 
 def open_manager(folder: Path, *, keep: int = 1, read_only: bool = False) -> ocp.CheckpointManager:
@@ -199,12 +202,43 @@ def _restore(manager: ocp.CheckpointManager, item: str, abstract: Any) -> tuple[
     )
     items = {item: ocp.args.StandardRestore(placed), "meta": ocp.args.JsonRestore()}
     try:
-        restored = manager.restore(step, args=ocp.args.Composite(**items))
+        with _patient_loops():
+            restored = manager.restore(step, args=ocp.args.Composite(**items))
     except (
         Exception
     ) as error:  # Orbax, tensorstore and json raise a dozen kinds for one fact: it cannot be read
         raise _damaged(manager, step, error) from error
     return restored[item], restored["meta"]
+
+
+@contextlib.contextmanager
+def _patient_loops() -> Iterator[None]:
+    """Event loops made inside the block are closed when their tasks are done.
+
+    When one read fails, Orbax closes the loop of all the others, and TensorStore prints a traceback for each of
+    them when it comes back: noise around the one line that a person should read.
+    """
+    make = asyncio.new_event_loop
+
+    def patient() -> asyncio.AbstractEventLoop:
+        loop = make()
+        close = loop.close
+
+        def finish_and_close() -> None:
+            with contextlib.suppress(Exception):
+                if pending := asyncio.all_tasks(loop):
+                    finished = asyncio.gather(*pending, return_exceptions=True)
+                    loop.run_until_complete(asyncio.wait_for(finished, READ_SECONDS))
+            close()
+
+        loop.close = finish_and_close
+        return loop
+
+    asyncio.new_event_loop = patient
+    try:
+        yield
+    finally:
+        asyncio.new_event_loop = make
 
 
 def _damaged(manager: ocp.CheckpointManager, step: int, error: Exception) -> UserError:
