@@ -75,7 +75,7 @@ def init_params(config: Any, key: jax.Array) -> Any:
     batch = jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), example_batch(config, 1))
     if isinstance(network, unet.UNet):
         keys = jax.random.split(key, unet.members(config))
-        return jax.vmap(lambda k: network.init(k, batch["image"], batch["present"]))(keys)
+        return jax.vmap(lambda k: network.init(k, batch["image"], batch["present"], batch["body"]))(keys)
     return network.init({"params": key, "dropout": key}, batch, key)
 
 

@@ -72,7 +72,7 @@ def look(params: Any, batch: dict[str, Array], key: Array, *, model: EnTrust, sa
     """Encodes a chunk and predicts it in one step: (Evidence, maps by name, leading axis = slices)."""
 
     def local(params, batch, key):
-        evidence = apply(model, params, batch["image"], batch["coordinates"], method="encode")
+        evidence = apply(model, params, batch["image"], batch["coordinates"], batch["body"], method="encode")
         condition = _condition(model, params, evidence, batch["present"])
         fused = condition.fused
         first = segdiff_sampler.one_step(
@@ -152,7 +152,7 @@ def ensemble(params: Any, batch: dict[str, Array], *, model: UNet, mesh: Mesh) -
     """Probabilities of every stacked U-Net, [b n *s k]."""
 
     def local(params, batch):
-        logits = jax.vmap(lambda p: apply(model, p, batch["image"], batch["present"]))(params)
+        logits = jax.vmap(lambda p: apply(model, p, batch["image"], batch["present"], batch["body"]))(params)
         return jnp.moveaxis(jax.nn.softmax(_in_body(logits, batch["body"][None]), axis=-1), 0, 1)
 
     return jax.shard_map(local, mesh=mesh, in_specs=(_WHOLE, _DATA), out_specs=_DATA, check_vma=False)(params, batch)

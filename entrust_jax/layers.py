@@ -70,6 +70,32 @@ def upsample(x: Float[Array, "b *s c"], factor: int = 2) -> Float[Array, "b *t c
     return x.reshape(b, *(space[i] * factor for i in range(n)), c)
 
 
+def upsample_linear(x: Float[Array, "b *s c"]) -> Float[Array, "b *t c"]:
+    """Linear upsampling by 2 along every spatial axis, zero beyond the border, where air would be zero too.
+
+    Nearest neighbours smoothed by [1, 2, 1] / 4 are the same thing, and shifts and sums are cheap to differentiate.
+    """
+    x = upsample(x)
+    for axis in range(1, x.ndim - 1):
+        size = x.shape[axis]
+        padded = jnp.pad(x, [(int(i == axis),) * 2 for i in range(x.ndim)])
+        before, after = (jax.lax.slice_in_dim(padded, start, start + size, axis=axis) for start in (0, 2))
+        x = 0.5 * x + 0.25 * (before + after)
+    return x
+
+
+def body_at_scales(body: Float[Array, "b *s"], factor: int, scales: int) -> list[Float[Array, "b ... 1"]]:
+    """The body mask at every scale of a network with that space-to-depth factor: 1 where any of its voxels is body.
+
+    Features are kept at zero outside it. A convolution pads with zeros, so air around the body is as if it were not
+    there, however much of it a scan, a patch or a padded batch has.
+    """
+    masks = [pool(body[..., None], factor, jnp.max)]
+    while len(masks) < scales:
+        masks.append(pool(masks[-1], 2, jnp.max))
+    return masks
+
+
 def embed_log_snr(log_snr: Float[Array, " b"], size: int) -> Float[Array, "b e"]:
     """Sinusoids of half the log SNR at geometrically spaced frequencies."""
     frequencies = jnp.exp(jnp.linspace(jnp.log(0.05), jnp.log(4.0), size // 2)).astype(jnp.float32)
@@ -104,15 +130,17 @@ class Conv(nn.Module):
 
 
 class Block(nn.Module):
-    """h + conv(silu(norm(h) (1 + gamma + spatial) + beta)), with gamma and beta from an embedding of the case.
+    """h + conv(silu(norm(h) (1 + gamma + spatial) + beta)) inside the body, 0 outside.
 
-    The second factor of the modulation, `spatial`, is per voxel (SPADE, Park et al. 2019); the embedding may be absent.
+    gamma and beta come from an embedding of the case, which may be absent; the second factor of the modulation,
+    `spatial`, is per voxel (SPADE, Park et al. 2019).
     """
 
     @nn.compact
     def __call__(
         self,
         h: Float[Array, "b *s c"],
+        body: Float[Array, "b *s 1"],
         embedding: Float[Array, "b e"] | None = None,
         spatial: Float[Array, "b *s c"] | None = None,
     ) -> Float[Array, "b *s c"]:
@@ -128,7 +156,8 @@ class Block(nn.Module):
         if spatial is not None:
             gain = gain + spatial
         g = g * gain + per_voxel(shift, h.ndim)
-        return h + Conv(c, kernel_init=nn.initializers.variance_scaling(0.5, "fan_in", "normal"))(nn.silu(g))
+        small = nn.initializers.variance_scaling(0.5, "fan_in", "normal")
+        return (h + Conv(c, kernel_init=small)(nn.silu(g) * body)) * body
 
 
 def background_bias(classes: int, copies: int = 1, value: float = 3.0) -> nn.initializers.Initializer:

@@ -8,7 +8,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from entrust_jax.enfuse import objective as enfuse_objective
 from entrust_jax.enfuse.encoder import Encoder, Evidence
@@ -62,10 +62,15 @@ class EnTrust(nn.Module):
         self.denoiser = Denoiser(self.classes, self.widths, self.b, self.factor)
 
     def encode(
-        self, image: Float[Array, "b m *s"], coordinates: Float[Array, "b *s 3"], *, train: bool = False
+        self,
+        image: Float[Array, "b m *s"],
+        coordinates: Float[Array, "b *s 3"],
+        body: Bool[Array, "b *s"],
+        *,
+        train: bool = False,
     ) -> Evidence:
         """Images -> Evidence, once a case. With train=True a 'dropout' key is needed."""
-        return self.encoder(image, coordinates, train=train)
+        return self.encoder(image, coordinates, body.astype(jnp.float32), train=train)
 
     def fuse(
         self,
@@ -77,7 +82,7 @@ class EnTrust(nn.Module):
     ) -> Condition:
         """Joins the evidence of any subset, by voxel if need be; probes call it once a subset."""
         fused = self.fusion(evidence, availability, rho=rho, conflict_scale=conflict_scale)
-        return Condition(fused, self.projection(fused.F_c, fused.F_u, fused.F_cf, fused.present))
+        return Condition(fused, self.projection(fused.F_c, fused.F_u, fused.F_cf, fused.present, evidence.body))
 
     def denoise(
         self, x_t: Float[Array, "b *s k"], log_snr: Float[Array, " b"], condition: Condition
@@ -95,7 +100,7 @@ class EnTrust(nn.Module):
         key: Array,
     ) -> tuple[Condition, dict[str, Array], dict[str, Array]]:
         """Encodes, fuses and evaluates every term of L_fuse: (condition, terms, figures for the log)."""
-        evidence = self.encode(batch["image"], batch["coordinates"], train=True)
+        evidence = self.encode(batch["image"], batch["coordinates"], batch["body"], train=True)
         condition = self.fuse(evidence, availability, rho=rho, conflict_scale=conflict_scale)
         fused, body, weight = condition.fused, _body(batch), _weight(batch)
         present = fused.present
@@ -112,8 +117,10 @@ class EnTrust(nn.Module):
             "prior": over_cases(case_mean(cross_entropy(evidence.prior_logits, batch["label"]), body), weight),
         }
         terms |= _part_terms(evidence, fused, body, self.factor)
-        figures = {"kappa": jnp.sum(body * fused.kappa) / jnp.maximum(jnp.sum(body), 1.0), "con": terms["con"]}
-        return condition, terms, figures
+        # Validation drops nothing, so only slots that kept all they have are comparable with it.
+        kept = weight * jnp.all(availability == _availability(batch), axis=tuple(range(1, availability.ndim)))
+        kappa = jnp.sum(kept * case_mean(fused.kappa, body))
+        return condition, terms, {"kappa_sum": kappa, "kappa_count": jnp.sum(kept)}
 
     def __call__(self, batch: Batch, key: Array) -> Array:
         """Touches every parameter: for initialisation only."""
@@ -137,6 +144,12 @@ def build(config) -> EnTrust:
         head_dropout=m.head_dropout,
         b=config.diffusion.b,
     )
+
+
+def _availability(batch: Batch) -> Float[Array, "b m *s"]:
+    b, m, *space = batch["image"].shape
+    present = batch["present"].astype(jnp.float32).reshape(b, m, *(1,) * len(space))
+    return jnp.broadcast_to(present, batch["image"].shape)
 
 
 def _body(batch: Batch) -> Float[Array, "b *s"]:
@@ -207,8 +220,7 @@ def _one_scale(
     # One call over the channels of c_m and u_m together; each part counts the same whatever its width.
     both = jnp.concatenate([c, u], axis=-1)
     share = jnp.concatenate([jnp.full(c.shape[-1], 1 / c.shape[-1]), jnp.full(u.shape[-1], 1 / u.shape[-1])])
-    per_channel = jnp.sum(seen[:, None] * hinge(both, masks) * share[None])
-    spread = per_channel / jnp.maximum(2 * jnp.sum(seen), 1.0)
+    spread = jnp.sum(seen[:, None] * hinge(both, masks) * share[None])
     active = mask * (kappa > enfuse_objective.ACTIVE_KAPPA)
     enough = jnp.sum(active) >= enfuse_objective.ACTIVE_VOXELS
     flat = F_cf.reshape(-1, F_cf.shape[-1])
@@ -286,7 +298,7 @@ def enfuse_loss(model: EnTrust, params: Params, batch: Batch, key: Array, progre
         rngs={"dropout": k_head},
     )
     loss = enfuse_objective.total(terms, jnp.minimum(1.0, progress / XCOV_SHARE))
-    return loss, {"loss": loss, **terms, "kappa": figures["kappa"]}
+    return loss, {"loss": loss, **terms, **figures}
 
 
 def segdiff_loss(
@@ -300,7 +312,7 @@ def segdiff_loss(
     null = jax.random.bernoulli(k_null, NULL_SHARE, (b,))
     availability, conflict_scale = enfuse_objective.availability_dropout(k_drop, batch["present"], tuple(space), null)
     terminal = terminal | jnp.repeat(null, draws)
-    condition, terms, _ = apply(
+    condition, terms, figures = apply(
         model,
         params,
         batch,
@@ -324,10 +336,8 @@ def segdiff_loss(
     frozen_prior = {name: value for name, value in terms.items() if name != "prior"}
     loss = diffusion + FUSE_WEIGHT * enfuse_objective.total(frozen_prior)
     sums, counts = segdiff_objective.log_snr_bins(ce, log_snr, weight, low, high)
-    body = _body(batch)
-    mean_kappa = jnp.sum(body * kappa) / jnp.maximum(jnp.sum(body), 1.0)
     return loss, {
-        "loss": loss, "diffusion": diffusion, **terms, "kappa": mean_kappa, "ce_sum": sums, "ce_count": counts,
+        "loss": loss, "diffusion": diffusion, **terms, **figures, "ce_sum": sums, "ce_count": counts,
     }  # fmt: skip
 
 
@@ -338,11 +348,10 @@ def validate(
 
     of the modalities that are there, mean kappa.
     """
-    b, m, *space = batch["image"].shape
+    b = batch["image"].shape[0]
     present = batch["present"].astype(jnp.float32)
-    evidence = apply(model, params, batch["image"], batch["coordinates"], method="encode")
-    mu = jnp.broadcast_to(present.reshape(b, m, *(1,) * len(space)), (b, m, *space))
-    condition = apply(model, params, evidence, mu, method="fuse")
+    evidence = apply(model, params, batch["image"], batch["coordinates"], batch["body"], method="encode")
+    condition = apply(model, params, evidence, _availability(batch), method="fuse")
     x0 = schedule.scale_onehot(batch["label"], model.classes, model.b)
     eps = noise_of_cases(key, batch["case"], x0.shape[1:])
     body = _body(batch)

@@ -29,14 +29,15 @@ from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.runtime import checkpoint, logs, mesh
 from entrust_jax.runtime.state import TrainState, create, ema_decay, update_ema
+from entrust_jax.segdiff.objective import bin_levels
 from entrust_jax.trustmap import calibration, case
 
 Batch = dict[str, Array]
 Loss = Callable[..., tuple[Array, dict[str, Array]]]
 
 NETWORK_STAGES = {"entrust": ("enfuse", "segdiff"), "unet": ("unet",), "deep_ensemble": ("unet",)}
-VALIDATION_LEVELS = 6  # log SNRs at which the denoiser is validated, the first of them lambda_min
 SLOW = 0.1  # learning rate of EnFuse relative to SegDiff in stage 2a
+KAPPA_ALARM = 0.5  # mean conflict on training cases, relative to validation, below which overfitting has eaten it
 MAX_BAD_STEPS = 20  # consecutive steps without a finite gradient before the run gives up
 CHECKPOINT_SECONDS = 120  # the most work that a killed run repeats
 
@@ -421,6 +422,7 @@ def run_stage(
                 row = {"step": stage.begin + now, "stage": stage.name} | summarise(figures, config)
                 if evaluate:
                     row |= validate(config, network, stage, state.ema, validation)
+                    warn_of_lost_conflict([*logs.read_rows(rows), row], stage, t.eval_every)
                     keep_best(best, stage, stage.begin + now, state.ema, row["val/score"])
                 logs.append_row(rows, row)
                 logs.write_scalars(board, stage.begin + now, row)
@@ -454,7 +456,7 @@ def place(config: Any, batch: dict[str, np.ndarray], n: int, devices: Any) -> Ba
 
 
 def summarise(figures: dict[str, Array], config: Any) -> dict[str, float]:
-    """Figures of one step as floats: the mean over members, and CE per bin of log SNR."""
+    """Figures of one step as floats: the mean over members, CE per bin of log SNR, kappa of slots without dropout."""
     del config
     values = {name: np.asarray(value, np.float64) for name, value in figures.items()}
     row: dict[str, float] = {}
@@ -463,7 +465,29 @@ def summarise(figures: dict[str, Array], config: Any) -> dict[str, float]:
         for i, (total, count) in enumerate(zip(sums, counts, strict=True)):
             if count > 0:
                 row[f"ce/bin_{i}"] = float(total / count)
+    if "kappa_sum" in values:
+        total, count = float(values.pop("kappa_sum")), float(values.pop("kappa_count"))
+        if count > 0:
+            row["kappa"] = total / count
     return {name: float(np.mean(value)) for name, value in values.items()} | row
+
+
+def warn_of_lost_conflict(rows: list[dict[str, Any]], stage: Stage, interval: int) -> None:
+    """Says so when the unimodal heads have fitted the training cases so well that their conflict is gone there.
+
+    `rows` are those of metrics.jsonl, the last of them validated; training's kappa is the mean over the last
+    `interval` steps.
+    """
+    last = rows[-1]
+    begin = max(stage.begin, last["step"] - interval)
+    seen = [row["kappa"] for row in rows if row.get("step", 0) > begin and row.get("kappa") is not None]
+    if seen and last.get("val/kappa") and np.mean(seen) < KAPPA_ALARM * last["val/kappa"]:
+        print(
+            f"warning: step {last['step']}: mean conflict is {np.mean(seen):.4f} on training cases and "
+            f"{last['val/kappa']:.4f} on validation cases: the modality heads overfit; train fewer steps, or on more "
+            "cases",
+            flush=True,
+        )
 
 
 def validation_batches(config: Any, volumes: list[Volume], size: int, devices: Any) -> list[Batch]:
@@ -500,7 +524,7 @@ def validate(config: Any, network: Any, stage: Stage, ema: Any, batches: list[Ba
         score = mean([np.asarray(_validate_unet(network, ema, b)).mean(axis=0) for b in batches])
         return {"val/ce": score, "val/score": score}
     low, high = config.diffusion.lambda_min, config.diffusion.lambda_max
-    levels = np.linspace(low, high, VALIDATION_LEVELS).astype(np.float32)
+    levels = bin_levels(low, high)
     if stage.name == "enfuse":
         levels = levels[:1]  # the denoiser is not trained yet
     key = jax.random.key(config.seed)

@@ -17,11 +17,12 @@ from entrust_jax.layers import (
     Conv,
     apply,
     background_bias,
+    body_at_scales,
     depth_to_space,
     pool,
     rms_norm,
     space_to_depth,
-    upsample,
+    upsample_linear,
 )
 from entrust_jax.scores import case_mean, cross_entropy, over_cases
 
@@ -34,22 +35,25 @@ class UNet(nn.Module):
     factor: int
 
     @nn.compact
-    def __call__(self, image: Float[Array, "b m *s"], present: Bool[Array, "b m"]) -> Float[Array, "b *s k"]:
+    def __call__(
+        self, image: Float[Array, "b m *s"], present: Bool[Array, "b m"], body: Bool[Array, "b *s"]
+    ) -> Float[Array, "b *s k"]:
         b, m, *space = image.shape
-        mu = present.astype(jnp.float32).reshape(b, m, *(1,) * len(space))
+        mu = present.astype(jnp.float32).reshape(b, m, *(1,) * len(space)) * body[:, None]
+        inside = body_at_scales(body.astype(jnp.float32), self.factor, len(self.widths))
         # A missing modality is zero and says so: zero alone is also the mean intensity.
-        x = jnp.concatenate([image * mu, jnp.broadcast_to(mu, image.shape)], axis=1)
+        x = jnp.concatenate([image * mu, mu], axis=1)
         h = space_to_depth(jnp.moveaxis(x, 1, -1), self.factor)
         skips = []
         for s, width in enumerate(self.widths):
-            h = Conv(width, name=f"enter_{s}")(pool(h, 2) if s else h)
-            h = Block(name=f"down_{s}_0")(h)
-            h = Block(name=f"down_{s}_1")(h)
+            h = Conv(width, name=f"enter_{s}")(pool(h, 2) if s else h) * inside[s]
+            h = Block(name=f"down_{s}_0")(h, inside[s])
+            h = Block(name=f"down_{s}_1")(h, inside[s])
             skips.append(h)
         for s in reversed(range(len(self.widths) - 1)):
-            h = Conv(self.widths[s], 1, name=f"up_{s}")(upsample(h))
-            h = h + Conv(self.widths[s], 1, name=f"lateral_{s}")(skips[s])
-            h = Block(name=f"top_{s}")(h)
+            h = upsample_linear(Conv(self.widths[s], 1, use_bias=False, name=f"up_{s}")(h))
+            h = (h + Conv(self.widths[s], 1, name=f"lateral_{s}")(skips[s])) * inside[s]
+            h = Block(name=f"top_{s}")(h, inside[s])
         copies = self.factor ** len(space)
         last = Conv(
             self.classes * copies,
@@ -83,7 +87,7 @@ def loss(
     model: UNet, params: Any, batch: dict[str, Array], key: Array, *, dice: float
 ) -> tuple[Array, dict[str, Array]]:
     """Cross-entropy inside the body plus `dice` times soft Dice (nnU-Net's habit at 1, a proper score at 0)."""
-    logits = apply(model, params, batch["image"], modality_dropout(key, batch["present"]))
+    logits = apply(model, params, batch["image"], modality_dropout(key, batch["present"]), batch["body"])
     inside = (batch["body"] & (batch["label"] >= 0)).astype(jnp.float32)
     some = jnp.sum(inside, axis=tuple(range(1, inside.ndim))) > 0
     weight = batch["weight"] * batch["valid"] * some
@@ -96,6 +100,6 @@ def loss(
 
 def validate(model: UNet, params: Any, batch: dict[str, Array]) -> Float[Array, " b"]:
     """Cross-entropy of each case inside the body with all its modalities."""
-    logits = apply(model, params, batch["image"], batch["present"])
+    logits = apply(model, params, batch["image"], batch["present"], batch["body"])
     inside = (batch["body"] & (batch["label"] >= 0)).astype(jnp.float32)
     return case_mean(cross_entropy(logits, batch["label"]), inside)

@@ -20,11 +20,13 @@ from entrust_jax.layers import (
     Block,
     Conv,
     background_bias,
+    body_at_scales,
     depth_to_space,
     layer_norm,
     pool,
     space_to_depth,
     upsample,
+    upsample_linear,
 )
 
 PRIOR_FLOOR = 1e-3
@@ -42,6 +44,7 @@ class Evidence:
       reliability: per scale, logits Float[b m *t].
       logits: unimodal logits Float[b m *s k] at full resolution.
       prior_logits: of the positional base rate pi(u), Float[b *s k].
+      body: 1 inside the body, 0 outside, where no modality shows anything: Float[b *s].
     """
 
     c: tuple[Float[Array, "b m ... _"], ...]
@@ -49,6 +52,7 @@ class Evidence:
     reliability: tuple[Float[Array, "b m ..."], ...]
     logits: Float[Array, "b m *s k"]
     prior_logits: Float[Array, "b *s k"]
+    body: Float[Array, "b *s"]
 
 
 class Stem(nn.Module):
@@ -57,8 +61,8 @@ class Stem(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b *s c"]) -> Float[Array, "b *s w"]:
-        return Conv(self.width)(nn.silu(Conv(self.width)(x)))
+    def __call__(self, x: Float[Array, "b *s c"], body: Float[Array, "b *s 1"]) -> Float[Array, "b *s w"]:
+        return Conv(self.width)(nn.silu(Conv(self.width)(x)) * body) * body
 
 
 class Trunk(nn.Module):
@@ -67,19 +71,20 @@ class Trunk(nn.Module):
     widths: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, z: Float[Array, "b *s w"], e: Float[Array, "b e"]) -> list[Float[Array, "b ... _"]]:
+    def __call__(
+        self, z: Float[Array, "b *s w"], body: list[Float[Array, "b ... 1"]], e: Float[Array, "b e"]
+    ) -> list[Float[Array, "b ... _"]]:
         skips = []
         for s, width in enumerate(self.widths):
             if s:
-                z = Conv(width, name=f"down_{s}")(pool(z, 2))
-            z = Block(name=f"block_{s}")(z, e)
+                z = Conv(width, name=f"down_{s}")(pool(z, 2)) * body[s]
+            z = Block(name=f"block_{s}")(z, body[s], e)
             skips.append(z)
         features = [z]
         for s in reversed(range(len(self.widths) - 1)):
-            z = Conv(self.widths[s], 1, name=f"up_{s}")(upsample(z)) + Conv(
-                self.widths[s], 1, name=f"lateral_{s}"
-            )(skips[s])
-            z = Block(name=f"top_{s}")(z, e)
+            above = Conv(self.widths[s], 1, use_bias=False, name=f"up_{s}")(z)
+            z = upsample_linear(above) + Conv(self.widths[s], 1, name=f"lateral_{s}")(skips[s])
+            z = Block(name=f"top_{s}")(z * body[s], body[s], e)
             features.insert(0, z)
         return features
 
@@ -130,22 +135,29 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "b m *s"], coordinates: Float[Array, "b *s 3"], *, train: bool = False
+        self,
+        image: Float[Array, "b m *s"],
+        coordinates: Float[Array, "b *s 3"],
+        body: Float[Array, "b *s"],
+        *,
+        train: bool = False,
     ) -> Evidence:
         b, m, *space = image.shape
         k, f = self.classes, self.factor
         copies = f ** len(space)
+        inside = body_at_scales(body, f, len(self.widths))
         # One small call per stem: a vmap over stacked stems is a grouped convolution, which CPUs run badly.
         z = jnp.stack(
             [
-                Stem(self.widths[0], name=f"stem_{i}")(space_to_depth(image[:, i, ..., None], f))
+                Stem(self.widths[0], name=f"stem_{i}")(space_to_depth(image[:, i, ..., None], f), inside[0])
                 for i in range(self.modalities)
             ],
             axis=1,
         )
         e = self.param("modality", nn.initializers.normal(1.0), (m, self.d_e))
         e_rows = jnp.broadcast_to(e[None], (b, m, self.d_e)).reshape(b * m, self.d_e)
-        features = Trunk(self.widths, name="trunk")(z.reshape(b * m, *z.shape[2:]), e_rows)
+        rows = [jnp.repeat(mask, m, axis=0) for mask in inside]
+        features = Trunk(self.widths, name="trunk")(z.reshape(b * m, *z.shape[2:]), rows, e_rows)
 
         c, u, reliability = [], [], []
         logits = None
@@ -174,7 +186,7 @@ class Encoder(nn.Module):
             reliability.append(r.reshape(b, m, *grid))
         prior = Prior(k, name="prior")(pool(coordinates, f))
         assert logits is not None
-        return Evidence(tuple(c), tuple(u), tuple(reliability), logits, upsample(prior, f))
+        return Evidence(tuple(c), tuple(u), tuple(reliability), logits, upsample(prior, f), body)
 
 
 def _per_modality(init):

@@ -69,10 +69,13 @@ class Fusion(nn.Module):
         conflict_scale: Float[Array, " b"] | None = None,
     ) -> Fused:
         """Args:
-          availability: mu in [0, 1], by voxel (silencing a region of one modality is a local subset).
+          availability: mu in [0, 1], by voxel (silencing a region of one modality is a local subset); outside the body
+            no modality has anything to say.
           rho: opens the conflict gate everywhere early in training, so that psi gets gradients; 0 afterwards.
           conflict_scale: factor on F_cf per case (0 removes the conflict pathway).
         """
+        present = jnp.max(availability, axis=tuple(range(2, availability.ndim)))
+        availability = availability * evidence.body[:, None]
         posterior = jax.nn.softmax(jax.lax.stop_gradient(evidence.logits), axis=-1)
         s = conflict.support(posterior, base_rate(evidence.prior_logits))
         kappa_pairs, contested = conflict.pair_conflict(s, availability)
@@ -108,7 +111,6 @@ class Fusion(nn.Module):
         assert weights is not None
         weights = weights.reshape(b * m, *weights.shape[2:], 1)
         weights = upsample(weights, self.factor).reshape(availability.shape)
-        present = jnp.max(availability, axis=tuple(range(2, availability.ndim)))
         return Fused(
             tuple(F_c), tuple(F_u), tuple(F_cf), weights, posterior, s, kappa, kappa_pairs, js, present
         )

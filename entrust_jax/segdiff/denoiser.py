@@ -19,12 +19,13 @@ from entrust_jax.layers import (
     Block,
     Conv,
     background_bias,
+    body_at_scales,
     depth_to_space,
     embed_log_snr,
     pool,
     rms_norm,
     space_to_depth,
-    upsample,
+    upsample_linear,
 )
 from entrust_jax.segdiff.schedule import input_scale, own_evidence
 
@@ -33,11 +34,15 @@ from entrust_jax.segdiff.schedule import input_scale, own_evidence
 @no_type_check
 @flax.struct.dataclass
 class Projections:
-    """The cached half of the denoiser: per scale a_s and G_s Float[b *t w_s], and the embedding of what is there."""
+    """The cached half of the denoiser: per scale a_s and G_s Float[b *t w_s], the embedding of what is there, and
+
+    where the body is, Float[b *s].
+    """
 
     a: tuple[Float[Array, "b ... _"], ...]
     modulation: tuple[Float[Array, "b ... _"], ...]
     embedding: Float[Array, "b e"]
+    body: Float[Array, "b *s"]
 
 
 class Projection(nn.Module):
@@ -53,6 +58,7 @@ class Projection(nn.Module):
         F_u: tuple[Float[Array, "b m ... _"], ...],
         F_cf: tuple[Float[Array, "b ... _"], ...],
         present: Float[Array, "b m"],
+        body: Float[Array, "b *s"],
     ) -> Projections:
         a, modulation = [], []
         for s, width in enumerate(self.widths):
@@ -70,7 +76,7 @@ class Projection(nn.Module):
                 Conv(width, 1, use_bias=False, kernel_init=nn.initializers.zeros_init(), name=f"gain_{s}")(F_cf[s])
             )
         e = self.param("modality", nn.initializers.normal(0.5), (present.shape[1], self.d_embedding))
-        return Projections(tuple(a), tuple(modulation), present @ e)
+        return Projections(tuple(a), tuple(modulation), present @ e, body)
 
 
 class Denoiser(nn.Module):
@@ -98,20 +104,22 @@ class Denoiser(nn.Module):
         training has not learnt to copy by the last steps, where little else is asked.
         """
         scale = input_scale(log_snr, self.b)
-        h = space_to_depth(x_t * scale.reshape(-1, *(1,) * (x_t.ndim - 1)), self.factor)
+        body = body_at_scales(condition.body, self.factor, len(self.widths))
+        seen = x_t * condition.body[..., None] * scale.reshape(-1, *(1,) * (x_t.ndim - 1))
+        h = space_to_depth(seen, self.factor)
         e = nn.Dense(self.d_embedding)(embed_log_snr(log_snr, self.d_embedding)) + condition.embedding
         e = nn.silu(nn.Dense(self.d_embedding)(nn.silu(e)))
 
         skips = []
         for s, width in enumerate(self.widths):
-            h = Conv(width, name=f"enter_{s}")(pool(h, 2) if s else h) + condition.a[s]
-            h = Block(name=f"down_{s}_0")(h, e, condition.modulation[s])
-            h = Block(name=f"down_{s}_1")(h, e, condition.modulation[s])
+            h = (Conv(width, name=f"enter_{s}")(pool(h, 2) if s else h) + condition.a[s]) * body[s]
+            h = Block(name=f"down_{s}_0")(h, body[s], e, condition.modulation[s])
+            h = Block(name=f"down_{s}_1")(h, body[s], e, condition.modulation[s])
             skips.append(h)
         for s in reversed(range(len(self.widths) - 1)):
-            h = Conv(self.widths[s], 1, name=f"up_{s}")(upsample(h))
-            h = h + Conv(self.widths[s], 1, name=f"lateral_{s}")(skips[s])
-            h = Block(name=f"top_{s}")(h, e, condition.modulation[s])
+            h = upsample_linear(Conv(self.widths[s], 1, use_bias=False, name=f"up_{s}")(h))
+            h = (h + Conv(self.widths[s], 1, name=f"lateral_{s}")(skips[s])) * body[s]
+            h = Block(name=f"top_{s}")(h, body[s], e, condition.modulation[s])
         copies = self.factor ** (x_t.ndim - 2)
         last = Conv(
             self.classes * copies,

@@ -9,6 +9,7 @@ would not.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 BETA = 3.0
@@ -25,6 +26,12 @@ def terminal_slots(key: Array, n: int) -> Bool[Array, " n"]:
     """A random quarter of the batch; not by slot order, for foreground slots come first."""
     count = max(1, round(TERMINAL_SHARE * n))
     return jax.random.permutation(key, n) < count
+
+
+def bin_levels(low: float, high: float) -> Float[np.ndarray, " n"]:
+    """lambda_min and the middles of the other bins of `log_snr_bins`: where validation looks at the same curve."""
+    edges = np.linspace(low, high, LOG_SNR_BINS)
+    return np.concatenate([[low], (edges[1:] + edges[:-1]) / 2]).astype(np.float32)
 
 
 def log_snr_bins(
