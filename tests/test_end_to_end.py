@@ -59,7 +59,7 @@ def test_a_trained_folder_explains_itself(trained, method):
     assert validated == ([5, 6, 11, 16] if method == "entrust" else [5, 8])  # every 5 steps of a stage and at its end
     if method == "entrust":
         assert [row["stage"] for row in rows] == ["enfuse"] * ENFUSE + ["segdiff"] * SEGDIFF
-        assert all("kappa" in row for row in rows) and all("val/kappa" in row for row in rows if "val/score" in row)
+        assert any("kappa" in row for row in rows) and all("val/kappa" in row for row in rows if "val/score" in row)
         assert any(name.startswith("ce/bin_") for name in rows[-1]) and "val/ce_bin_0" in rows[-1]
 
     # Shapes, memory and minutes are said before data is touched.

@@ -87,10 +87,10 @@ def test_a_convolution_takes_as_many_axes_as_its_input(space):
 
 def test_a_block_is_modulated_by_gain_and_shift():
     """h + conv(silu(norm(h) (1 + gamma + spatial) + beta)): a spatial factor of -1 without shift leaves h as it is."""
-    h, e = jnp.asarray(some(2, 4, 4, 3)), jnp.asarray(some(2, 5))
+    h, e, body = jnp.asarray(some(2, 4, 4, 3)), jnp.asarray(some(2, 5)), jnp.ones((2, 4, 4, 1))
     block = layers.Block()
-    run = jax.jit(lambda params, spatial: layers.apply(block, params, h, e, spatial))
-    params = jax.jit(lambda: block.init(jax.random.key(0), h, e))()
+    run = jax.jit(lambda params, spatial: layers.apply(block, params, h, body, e, spatial))
+    params = jax.jit(lambda: block.init(jax.random.key(0), h, body, e))()
     zero = run(params, jnp.zeros(h.shape))
     np.testing.assert_allclose(zero, run(params, None), atol=1e-6)
     assert np.max(np.abs(zero - h)) > 0.1
@@ -100,3 +100,34 @@ def test_a_block_is_modulated_by_gain_and_shift():
     changed = np.any(np.abs(np.asarray(run(params, one) - zero)) > 1e-6, axis=-1)
     assert changed[0, :2, :2].all()
     assert changed.sum() == 4  # the voxel and its neighbours under the 3x3 kernel
+
+
+def test_a_block_is_zero_in_air_and_sees_nothing_there():
+    h, body = jnp.asarray(some(1, 6, 6, 3)), jnp.ones((1, 6, 6, 1)).at[:, :, 4:].set(0)
+    block = layers.Block()
+    params = jax.jit(lambda: block.init(jax.random.key(0), h * body, body))()
+    params = jax.tree.map(lambda x: x + 0.3 * some(*x.shape), params)  # the shift starts at zero
+    whole = np.asarray(layers.apply(block, params, h * body, body))
+    assert np.all(whole[:, :, 4:] == 0)
+    assert np.all(np.any(whole[:, :, :4] != 0, axis=-1))
+    cropped = layers.apply(block, params, h[:, :, :4], body[:, :, :4])  # the border of the image in place of the air
+    np.testing.assert_allclose(whole[:, :, :4], cropped, atol=1e-6)
+
+
+@pytest.mark.parametrize("space", [(5,), (4, 6), (3, 4, 2)])
+def test_linear_upsampling_is_the_resize_of_a_zero_padded_image(space):
+    x = some(2, *space, 3)
+    got = layers.upsample_linear(jnp.asarray(x))
+    assert got.shape == (2, *(2 * n for n in space), 3)
+    padded = np.pad(x, [(0, 0), *((1, 1),) * len(space), (0, 0)])
+    wide = jax.image.resize(padded, (2, *(2 * (n + 2) for n in space), 3), "linear")
+    np.testing.assert_allclose(got, wide[(slice(None), *(slice(2, -2),) * len(space))], atol=1e-5)
+
+
+def test_a_coarse_voxel_is_body_if_any_of_its_voxels_is():
+    body = np.zeros((1, 8, 8), np.float32)
+    body[0, 3, 4] = 1
+    masks = layers.body_at_scales(jnp.asarray(body), 2, 3)
+    assert [mask.shape for mask in masks] == [(1, 4, 4, 1), (1, 2, 2, 1), (1, 1, 1, 1)]
+    for mask, place in zip(masks, ((1, 2), (0, 1), (0, 0)), strict=True):
+        assert np.argwhere(np.asarray(mask)[0, ..., 0]).tolist() == [list(place)]

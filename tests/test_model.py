@@ -64,8 +64,8 @@ def params():
 
 
 @functools.partial(jax.jit, static_argnames="net")
-def encode(params, image, coordinates, net=NETWORK):
-    return apply(net, params, image, coordinates, method="encode")
+def encode(params, image, coordinates, body, net=NETWORK):
+    return apply(net, params, image, coordinates, body, method="encode")
 
 
 @functools.partial(jax.jit, static_argnames="net")
@@ -84,7 +84,7 @@ ONES = np.ones((B, M, SIZE, SIZE), np.float32)
 
 def run(params, batch, availability):
     """(evidence, condition, logits)."""
-    evidence = encode(params, batch["image"], batch["coordinates"])
+    evidence = encode(params, batch["image"], batch["coordinates"], batch["body"])
     condition = fuse(params, evidence, availability)
     return evidence, condition, denoise(params, X, LOG_SNR, condition)
 
@@ -170,14 +170,14 @@ def count(jaxpr, name: str) -> int:
 
 def test_a_denoising_step_repeats_none_of_the_encoding(params):
     batch = batch_of()
-    evidence = encode(params, batch["image"], batch["coordinates"])
+    evidence = encode(params, batch["image"], batch["coordinates"], batch["body"])
     condition = fuse(params, evidence, ONES)
     own = {"params": {"denoiser": params["params"]["denoiser"]}}
     step = jax.make_jaxpr(denoise)(own, X, LOG_SNR, condition)
     scales = len(NETWORK.widths)
     # Entry and two blocks a scale, one block a scale on the way up, the logits; 1x1 maps are matrix products.
     assert count(step.jaxpr, "conv_general_dilated") == 3 * scales + (scales - 1) + 1
-    encoding = jax.make_jaxpr(encode)(params, batch["image"], batch["coordinates"])
+    encoding = jax.make_jaxpr(encode)(params, batch["image"], batch["coordinates"], batch["body"])
     # Two a stem; entry but for the first scale, one block down a scale, one up: the counter does see convolutions.
     assert count(encoding.jaxpr, "conv_general_dilated") == 2 * M + (scales - 1) + scales + (scales - 1)
     # What is left of the parameters is enough, and the answer is that of the whole model.
@@ -186,14 +186,14 @@ def test_a_denoising_step_repeats_none_of_the_encoding(params):
 
 def test_the_cached_condition_equals_the_recomputed_one(params):
     @jax.jit
-    def at_once(params, image, coordinates, availability, x, log_snr):
-        evidence = apply(NETWORK, params, image, coordinates, method="encode")
+    def at_once(params, image, coordinates, body, availability, x, log_snr):
+        evidence = apply(NETWORK, params, image, coordinates, body, method="encode")
         condition = apply(NETWORK, params, evidence, availability, method="fuse")
         return apply(NETWORK, params, x, log_snr, condition, method="denoise")
 
     batch = batch_of()
     _, condition, logits = run(params, batch, ONES)
-    recomputed = at_once(params, batch["image"], batch["coordinates"], ONES, X, LOG_SNR)
+    recomputed = at_once(params, batch["image"], batch["coordinates"], batch["body"], ONES, X, LOG_SNR)
     np.testing.assert_allclose(recomputed, logits, rtol=1e-4, atol=1e-4)
     again = denoise(params, X[::-1], LOG_SNR, condition)  # another step from the same cache
     assert np.any(np.abs(again - logits) > 1e-2)
@@ -203,32 +203,40 @@ def test_the_cached_condition_equals_the_recomputed_one(params):
 
 
 @pytest.mark.parametrize("factor", [1, 2])
-def test_padding_a_case_changes_nothing_beyond_the_rim(factor):
-    """Norms are voxel by voxel and convolutions local, so that more zeros around an image cannot reach its inside.
+def test_padding_a_case_changes_nothing(factor):
+    """Norms are voxel by voxel and features of air are the zeros that convolutions pad with: up to the last rounding.
 
-    They do reach the rim that the receptive field covers: the outside of an image is zero only to the first layer, for
-    biases and shifts make features of air differ from the zeros that convolutions pad with. One spatial axis will do.
+    What is in the air around the body, values of the image excepted, does not matter either: noise, coordinates.
     """
     net = network(factor=factor, widths=(4, 8, 8))
-    pad, length = 8 * factor, 192 * factor
-    batch = batch_of(1, M, (length,))
+    pad = 4 * factor
+    batch = batch_of(1, M, (16 * factor, 12 * factor))
+    batch["body"][:, :, -3:] = False
+    batch["image"] *= batch["body"][:, None]
     params = random_params(net, batch)
 
     def out(left: int, right: int):
-        space = ((left, right),)
-        image = np.pad(batch["image"], ((0, 0), (0, 0), *space))
-        coordinates = np.pad(batch["coordinates"], ((0, 0), *space, (0, 0)))
-        x = np.pad(some(1, length, K, seed=3), ((0, 0), *space, (0, 0)))
-        condition = fuse(params, encode(params, image, coordinates, net=net), np.ones_like(image), net=net)
-        logits = denoise(params, x, LOG_SNR[1:], condition, net=net)
-        inside = slice(left, left + length)
-        fused = condition.fused
-        return logits[0, inside], fused.kappa[0, inside], np.moveaxis(fused.posterior, 2, 1)[0, inside]
+        space = ((left, right),) * 2
 
-    rim = 64 * factor
-    for plain, padded in zip(out(0, 2 * pad), out(pad, pad), strict=True):
-        np.testing.assert_allclose(plain[rim:-rim], padded[rim:-rim], rtol=1e-4, atol=1e-4)
-        assert np.std(plain[rim:-rim]) > 1e-3
+        def padded(value, seed=0):
+            return np.where(
+                np.pad(np.ones(value.shape[1:3], bool), space)[None, ..., None],
+                np.pad(value, ((0, 0), *space, (0, 0))),
+                some(1, *(n + left + right for n in value.shape[1:3]), value.shape[-1], seed=seed),
+            ).astype(np.float32)
+
+        image = np.pad(batch["image"], ((0, 0), (0, 0), *space))
+        body = np.pad(batch["body"], ((0, 0), *space))
+        x = padded(some(1, *batch["body"].shape[1:], K, seed=3), seed=left)
+        evidence = encode(params, image, padded(batch["coordinates"]), body, net=net)
+        condition = fuse(params, evidence, np.ones_like(image), net=net)
+        logits = denoise(params, x, LOG_SNR[1:], condition, net=net)
+        fused = condition.fused
+        return logits[body], fused.kappa[body], np.moveaxis(fused.posterior, 1, -1)[body]
+
+    for plain, around in zip(out(0, 0), out(pad, 2 * pad), strict=True):
+        np.testing.assert_allclose(plain, around, rtol=1e-4, atol=1e-4)
+        assert np.std(plain) > 1e-3
 
 
 # The objectives ---------------------------------------------------------------------------------------------------
@@ -347,7 +355,7 @@ def test_samples_of_all_scales_lie_on_one_grid():
 def test_cross_reconstruction_swaps_in_another_available_consensus(params):
     batch, mu = batch_of(8), np.ones((8, M, SIZE, SIZE), np.float32)
     mu[:4, 1] = 0
-    evidence = encode(params, batch["image"], batch["coordinates"])
+    evidence = encode(params, batch["image"], batch["coordinates"], batch["body"])
     fused = fuse(params, evidence, mu).fused
     cross = jax.jit(entrust._cross_consensus, static_argnums=3)
     kappa = np.asarray(pool_maps(fused.kappa_pairs, 4))
@@ -394,7 +402,8 @@ def test_validation_figures_belong_to_their_cases(params):
     turned = check(params, {name: value[::-1] for name, value in batch.items()}, levels, key)
     for a, b in zip((ce, unimodal, kappa), turned, strict=True):
         np.testing.assert_allclose(a, np.flip(b, axis=-1), rtol=1e-5)
-    evidence, mu = encode(params, batch["image"], batch["coordinates"]), ONES * batch["present"][..., None, None]
+    evidence = encode(params, batch["image"], batch["coordinates"], batch["body"])
+    mu = ONES * batch["present"][..., None, None]
     body = batch["body"].astype(np.float32)
     score = jax.jit(lambda logits, label, body: case_mean(cross_entropy(logits, label), body))
     expected = [

@@ -36,13 +36,16 @@ def batch_of() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def params():
     batch = batch_of()
-    shapes = jax.eval_shape(NETWORK.init, jax.random.key(0), batch["image"], batch["present"])
+    shapes = jax.eval_shape(NETWORK.init, jax.random.key(0), batch["image"], batch["present"], batch["body"])
     return jax.tree.map(lambda x: 0.5 * some(*x.shape), shapes)
+
+
+BODY = jnp.asarray(batch_of()["body"])
 
 
 @jax.jit
 def predict(params, image, present):
-    return apply(NETWORK, params, image, present)
+    return apply(NETWORK, params, image, present, BODY)
 
 
 @functools.partial(jax.jit, static_argnames="dice")
@@ -54,7 +57,7 @@ def loss(params, batch, key, dice=0.0):
 @pytest.mark.parametrize("space", [(8, 16), (4, 8, 8)])
 def test_shapes(space, factor):
     net = unet.UNet(K, (4, 8), factor)
-    arrays = jnp.zeros((B, M, *space)), jnp.ones((B, M), bool)
+    arrays = jnp.zeros((B, M, *space)), jnp.ones((B, M), bool), jnp.ones((B, *space), bool)
     logits = jax.eval_shape(net.init_with_output, jax.random.key(0), *arrays)[0]
     assert logits.shape == (B, *space, K)
 
@@ -109,7 +112,9 @@ def test_validation_keeps_all_modalities(params):
 def test_members_under_vmap_are_those_run_one_by_one():
     batch = batch_of()
     keys = jax.random.split(jax.random.key(0), 3)
-    stacked = jax.jit(jax.vmap(NETWORK.init, in_axes=(0, None, None)))(keys, batch["image"], batch["present"])
+    stacked = jax.jit(jax.vmap(NETWORK.init, in_axes=(0, None, None, None)))(
+        keys, batch["image"], batch["present"], batch["body"]
+    )
     for kernel in (stacked["params"][f"enter_{s}"]["Conv_0"]["kernel"] for s in range(2)):
         assert np.min(np.std(kernel, axis=0)) > 0  # each starts elsewhere
     stacked = jax.tree.map(lambda x: x + 0.3 * some(*x.shape, seed=1), stacked)  # the last kernel starts at zero

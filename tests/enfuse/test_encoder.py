@@ -17,18 +17,19 @@ def some(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 IMAGE, COORDINATES = some(2, M, 8, 8), np.tanh(some(2, 8, 8, 3))
+BODY = jnp.ones((2, 8, 8))
 
 
 @pytest.fixture(scope="module")
 def params():
     """Random in every entry, so that no path is closed by a zero initialisation."""
-    shapes = jax.eval_shape(ENCODER.init, jax.random.key(0), IMAGE, COORDINATES)
+    shapes = jax.eval_shape(ENCODER.init, jax.random.key(0), IMAGE, COORDINATES, BODY)
     return jax.tree.map(lambda x: 0.5 * some(*x.shape), shapes)
 
 
 @jax.jit
-def encode(params, image, coordinates):
-    return apply(ENCODER, params, image, coordinates)
+def encode(params, image, coordinates, body=BODY):
+    return apply(ENCODER, params, image, coordinates, body)
 
 
 @pytest.mark.parametrize("space", [(8,), (8, 12), (4, 8, 8)])
@@ -36,7 +37,7 @@ def encode(params, image, coordinates):
 @pytest.mark.parametrize("modalities", [1, 3])
 def test_shapes(space, factor, modalities):
     net = Encoder(modalities, K, (4, 8), d_c=4, d_u=3, factor=factor)
-    arrays = jnp.zeros((2, modalities, *space)), jnp.zeros((2, *space, 3))
+    arrays = jnp.zeros((2, modalities, *space)), jnp.zeros((2, *space, 3)), jnp.ones((2, *space))
     evidence = jax.eval_shape(net.init_with_output, jax.random.key(0), *arrays)[0]
     for s in range(2):
         grid = tuple(size // (factor * 2**s) for size in space)
@@ -111,9 +112,22 @@ def test_the_base_rate_is_floored_and_frozen():
 
 
 def test_head_dropout_acts_in_training_alone(params):
-    train = jax.jit(lambda p, x, u, key: apply(ENCODER, p, x, u, train=True, rngs={"dropout": key}))
+    train = jax.jit(lambda p, x, u, key: apply(ENCODER, p, x, u, BODY, train=True, rngs={"dropout": key}))
     one, two = (train(params, IMAGE, COORDINATES, jax.random.key(i)) for i in range(2))
     assert np.any(one.logits != two.logits)
     for name in ("c", "u"):  # on the heads, not on what the fusion joins
         for a, b in zip(getattr(one, name), getattr(encode(params, IMAGE, COORDINATES), name), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_air_has_no_features_and_is_not_seen(params):
+    body = BODY.at[:, :, 4:].set(0)
+    image = IMAGE * body[:, None]
+    evidence = encode(params, image, COORDINATES, body)
+    cut = encode(params, image[..., :4], COORDINATES[:, :, :4], BODY[:, :, :4])
+    for s in range(2):
+        edge = 4 // (2 * 2**s)
+        for whole, part in ((evidence.c[s], cut.c[s]), (evidence.u[s], cut.u[s])):
+            assert np.all(np.asarray(whole)[:, :, :, edge:] == 0)
+            np.testing.assert_allclose(np.asarray(whole)[:, :, :, :edge], part, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(evidence.logits[..., :4, :], cut.logits, rtol=1e-4, atol=1e-5)

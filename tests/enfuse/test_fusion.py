@@ -29,6 +29,7 @@ def evidence_of(seed: int = 0, sharpness: float = 2.0) -> Evidence:
         reliability=tuple(some(B, M, n, n, seed=seed + n + 2) for n in grids),
         logits=sharpness * some(B, M, SIZE, SIZE, K, seed=seed + 3),
         prior_logits=0.1 * some(B, SIZE, SIZE, K, seed=seed + 4),
+        body=np.ones((B, SIZE, SIZE), np.float32),
     )
 
 

@@ -22,6 +22,7 @@ PARTS = (
     tuple(some(B, M, n, n, 3, seed=n + 1) for n in (4, 2)),
     tuple(some(B, n, n, 5, seed=n + 2) for n in (4, 2)),
     np.float32([[1, 1, 1], [1, 0, 1]]),
+    np.ones((B, 8, 8), np.float32),
 )
 X, LOG_SNR = some(B, 8, 8, K), np.float32([-12, 3])
 
@@ -29,7 +30,7 @@ X, LOG_SNR = some(B, 8, 8, K), np.float32([-12, 3])
 def condition_of(seed: int = 0) -> Projections:
     a = tuple(some(B, n, n, w, seed=seed + n) for n, w in zip((4, 2), WIDTHS, strict=True))
     modulation = tuple(0.3 * some(B, n, n, w, seed=seed + n + 7) for n, w in zip((4, 2), WIDTHS, strict=True))
-    return Projections(a, modulation, some(B, 8, seed=seed))
+    return Projections(a, modulation, some(B, 8, seed=seed), np.ones((B, 8, 8), np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,8 @@ def test_shapes(space, factor):
     net = Denoiser(K, WIDTHS, b=0.1, factor=factor)
     grids = [tuple(n // (factor * 2**s) for n in space) for s in range(2)]
     maps = tuple(jnp.zeros((B, *grid, w)) for grid, w in zip(grids, WIDTHS, strict=True))
-    arrays = jnp.zeros((B, *space, K)), jnp.zeros(B), Projections(maps, maps, jnp.zeros((B, 64)))
+    condition = Projections(maps, maps, jnp.zeros((B, 64)), jnp.ones((B, *space)))
+    arrays = jnp.zeros((B, *space, K)), jnp.zeros(B), condition
     logits = jax.eval_shape(net.init_with_output, jax.random.key(0), *arrays)[0]
     assert logits.shape == (B, *space, K)
     assert logits.dtype == jnp.float32
@@ -86,7 +88,7 @@ def test_projections_are_linear_in_the_parts():
     shapes = jax.eval_shape(PROJECTION.init, jax.random.key(0), *PARTS)
     params = jax.tree.map(lambda x: some(*x.shape), shapes)
     got = project(params, *PARTS)
-    F_c, F_u, F_cf, present = PARTS
+    F_c, F_u, F_cf, present, _ = PARTS
     p = params["params"]
     for s in range(2):
         dense = {name: p[f"{name}_{s}"]["Dense_0"] for name in ("consensus", "cue", "conflict", "gain")}
@@ -112,3 +114,13 @@ def test_cases_are_independent_and_every_input_matters(params):
     for name, after in changes.items():
         np.testing.assert_array_equal(after[0], before[0], err_msg=name)
         assert np.max(np.abs(after[1] - before[1])) > 1e-3, name
+
+
+def test_noise_in_air_is_not_seen(params):
+    condition = condition_of()
+    body = np.array(condition.body)
+    body[:, :, 5:] = 0
+    condition = condition.replace(body=body)
+    other = np.where(body[..., None] > 0, X, 100 * some(*X.shape, seed=3)).astype(np.float32)
+    before, after = denoise(params, X, LOG_SNR, condition), denoise(params, other, LOG_SNR, condition)
+    np.testing.assert_array_equal(before[:, :, :5], after[:, :, :5])
