@@ -21,14 +21,17 @@ from absl import flags
 
 from entrust_jax import api, cli
 from entrust_jax.errors import UserError
-from entrust_jax.metrics import calibration, summary, usefulness
+from entrust_jax.metrics import calibration, conflict, summary, usefulness
 from entrust_jax.report import curves
 from entrust_jax.report import output as output_folder
 from entrust_jax.runtime import logs
 
 FLAGS = flags.FLAGS
 # What an evaluation leaves in its folder, beside a folder with a summary.json for each of several methods.
-WRITTEN = ("summary.json", "cases.csv", "reliability.png", "risk_coverage.png", "comparison.json", "comparison.md")
+WRITTEN = (
+    "summary.json", "cases.csv", "reliability.png", "risk_coverage.png", "conflict.png",
+    "comparison.json", "comparison.md",
+)  # fmt: skip
 
 
 def define_flags() -> None:
@@ -233,6 +236,7 @@ def write_results(
         write_cases(own / "cases.csv", cases)
         draw_reliability(own / "reliability.png", name, cases, results)
         draw_risk_coverage(own / "risk_coverage.png", {name: cases})
+        draw_conflict(own / "conflict.png", name, cases)
         if not several:
             print_headline(results)
     if several:
@@ -274,6 +278,17 @@ def draw_risk_coverage(path: Path, scores: Mapping[str, Sequence[summary.Scores]
             lines[name] = usefulness.risk_coverage(pairs[:, 0], pairs[:, 1])
             best[name] = usefulness.risk_coverage(pairs[:, 0], -pairs[:, 0])
     curves.save(curves.risk_coverage_figure(lines, "Risk against coverage, by mean error probability", best), path)
+
+
+def draw_conflict(path: Path, name: str, cases: Sequence[summary.Scores]) -> None:
+    """Divergence against conflict; no picture for a method without both, or without a patient to compare in."""
+    patients = [one.alignment for one in summary.join_patients(cases) if one.alignment is not None]
+    if not any(one.observed[0] > 0 for one in patients):
+        return
+    effects, null = conflict.effects_and_null(patients)
+    title = f"{name}: do hypotheses diverge where modalities conflict?"
+    profile = conflict.divergence_profile(patients)
+    curves.save(curves.conflict_figure(profile, effects, null, title, conflict.HIGH_CONFLICT), path)
 
 
 def print_headline(results: Mapping[str, Any]) -> None:

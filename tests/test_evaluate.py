@@ -231,6 +231,7 @@ def test_results_of_one_method_are_written(tmp_path, plain):
         assert not output.exists()
     assert sorted(one.name for one in output.iterdir()) == [
         "cases.csv",
+        "conflict.png",
         "reliability.png",
         "risk_coverage.png",
         "summary.json",

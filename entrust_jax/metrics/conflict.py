@@ -26,24 +26,26 @@ HIGH_CONFLICT = 0.1
 
 
 class Alignment(NamedTuple):
-    """Sums of one case; those of a patient's cases add up. observed = (sum w, sum w mean_high, sum w
-    mean_low); null[i] = the last two under permutation i."""
+    """Sums of one case; those of a patient's cases add up. profile = (sum w, sum w mean_high, sum w
+    mean_low) by entropy bin; null[i] = the last two, over all strata, under permutation i."""
 
-    observed: Float[np.ndarray, "3"]
+    profile: Float[np.ndarray, "bins 3"]
     null: Float[np.ndarray, "p 2"]
     voxels: Integer[np.ndarray, "2"]
 
+    @property
+    def observed(self) -> Float[np.ndarray, "3"]:
+        """The profile's sums over all strata."""
+        return self.profile.sum(axis=0)
+
 
 def strata(
-    entropy: Float[np.ndarray, " n"],
-    distance: Float[np.ndarray, " n"],
-    entropy_edges: Sequence[float] = ENTROPY_EDGES,
-    distance_edges: Sequence[float] = DISTANCE_EDGES,
+    entropy: Float[np.ndarray, " n"], distance: Float[np.ndarray, " n"]
 ) -> Integer[np.ndarray, " n"]:
     """Stratum of each voxel: (entropy bin) x (distance bin). Entropy as a share of log K, distance in mm
     (inf allowed)."""
-    rows = np.searchsorted(np.asarray(entropy_edges), entropy, side="right")
-    return rows * (len(distance_edges) + 1) + np.searchsorted(np.asarray(distance_edges), distance, side="right")
+    rows = np.searchsorted(np.asarray(ENTROPY_EDGES), entropy, side="right")
+    return rows * (len(DISTANCE_EDGES) + 1) + np.searchsorted(np.asarray(DISTANCE_EDGES), distance, side="right")
 
 
 def alignment(
@@ -56,7 +58,8 @@ def alignment(
 ) -> Alignment:
     """One case's sums over its voxels; `high` says which voxels are in conflict."""
     rng = np.random.default_rng(seed)
-    observed, null, voxels = np.zeros(3), np.zeros((permutations, 2)), np.zeros(2, np.int64)
+    profile = np.zeros((len(ENTROPY_EDGES) + 1, 3))
+    null, voxels = np.zeros((permutations, 2)), np.zeros(2, np.int64)
     order = np.argsort(stratum, kind="stable")
     cuts = np.flatnonzero(np.diff(stratum[order])) + 1
     for members in np.split(order, cuts):
@@ -65,14 +68,15 @@ def alignment(
         if h == 0 or h == n:
             continue
         weight, total, top = h * (n - h) / n, values.sum(), values[inside].sum()
-        observed += weight * np.array([1.0, top / h, (total - top) / (n - h)])
+        row = stratum[members[0]] // (len(DISTANCE_EDGES) + 1)
+        profile[row] += weight * np.array([1.0, top / h, (total - top) / (n - h)])
         # A random subset of h voxels is the complement of one of n - h: draw the smaller.
         few = min(h, n - h)
         drawn = _subset_sums(values, few, permutations, rng)
         tops = drawn if few == h else total - drawn
         null += weight * np.stack([tops / h, (total - tops) / (n - h)], axis=-1)
         voxels += np.array([h, n - h])
-    return Alignment(observed, null, voxels)
+    return Alignment(profile, null, voxels)
 
 
 def _subset_sums(
@@ -87,7 +91,30 @@ def _subset_sums(
 
 def add(first: Alignment, second: Alignment) -> Alignment:
     """The sums of two cases of one patient."""
-    return Alignment(first.observed + second.observed, first.null + second.null, first.voxels + second.voxels)
+    return Alignment(first.profile + second.profile, first.null + second.null, first.voxels + second.voxels)
+
+
+def _comparable(patients: Sequence[Alignment]) -> list[Alignment]:
+    return [one for one in patients if one.observed[0] > 0]
+
+
+def effects_and_null(patients: Sequence[Alignment]) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " p"]]:
+    """The effect of every comparable patient, and the mean effect under every permutation (nats)."""
+    used = _comparable(patients)
+    effects = np.array([(one.observed[1] - one.observed[2]) / one.observed[0] for one in used])
+    null = np.mean([(one.null[:, 0] - one.null[:, 1]) / one.observed[0] for one in used], axis=0)
+    return effects, null
+
+
+def divergence_profile(patients: Sequence[Alignment]) -> Float[np.ndarray, "bins 4"]:
+    """By entropy bin: its middle (share of log K), mean divergence in high and in low conflict (nats; NaN without
+
+    both), weight. Within a bin the two are standardised to the same border distances; patients count by their weight.
+    """
+    edges = np.array([0.0, *ENTROPY_EDGES, 1.0])
+    sums = np.sum([one.profile for one in patients], axis=0)
+    weight = np.where(sums[:, 0] > 0, sums[:, 0], np.nan)
+    return np.stack([(edges[1:] + edges[:-1]) / 2, sums[:, 1] / weight, sums[:, 2] / weight, sums[:, 0]], axis=1)
 
 
 def alignment_summary(patients: Sequence[Alignment], *, resamples: int = statistics.RESAMPLES) -> dict[str, Any]:
@@ -97,7 +124,7 @@ def alignment_summary(patients: Sequence[Alignment], *, resamples: int = statist
 
     Patients with no stratum that holds both kinds are left out; with none left, value and p are null.
     """
-    used = [one for one in patients if one.observed[0] > 0]
+    used = _comparable(patients)
     if not used:
         reason = "no stratum holds voxels of high and of low conflict"
         return {
@@ -109,12 +136,8 @@ def alignment_summary(patients: Sequence[Alignment], *, resamples: int = statist
             "p_sign_flip": None,
             "reason": reason,
         }
-    high = np.array([one.observed[1] / one.observed[0] for one in used])
-    low = np.array([one.observed[2] / one.observed[0] for one in used])
-    effects = high - low
-    null_high = np.mean([one.null[:, 0] / one.observed[0] for one in used], axis=0)
-    null_low = np.mean([one.null[:, 1] / one.observed[0] for one in used], axis=0)
-    null = null_high - null_low
+    high, low = (np.array([one.observed[i] / one.observed[0] for one in used]) for i in (1, 2))
+    effects, null = effects_and_null(used)
     quantiles = np.quantile(null, [0.025, 0.5, 0.975])
     return {
         **statistics.figure(lambda w: statistics.weighted_mean(effects, w), len(used), resamples=resamples),

@@ -1,4 +1,4 @@
-"""Reliability and risk-coverage pictures."""
+"""Reliability, risk-coverage and conflict pictures."""
 
 import os
 import tempfile
@@ -90,6 +90,38 @@ def risk_coverage_figure(
     if curves:
         axis.legend(frameon=False, fontsize=7)
     _dress(picture, np.array([axis]), title)
+    return picture
+
+
+def conflict_figure(
+    profile: Float[np.ndarray, "bins 4"],
+    effects: Float[np.ndarray, " n"],
+    null: Float[np.ndarray, " p"],
+    title: str,
+    threshold: float,
+) -> Figure:
+    """Do hypotheses diverge where modalities conflict? Left: mean divergence in high and in low conflict at equal
+    one-step entropy and border distance (`metrics.conflict.divergence_profile`); right: the difference, a dot per
+    patient and their mean, beside its distribution when conflict is permuted within the strata."""
+    picture = Figure(figsize=(8.4, 3.6), dpi=150, layout="constrained")
+    left, right = picture.subplots(1, 2, width_ratios=(3, 2))
+    middle, high, low, weight = profile.T
+    for values, name, colour in ((high, "above", COLOURS[1]), (low, "up to", COLOURS[0])):
+        left.plot(middle, values, color=colour, linewidth=1.4, label=f"conflict {name} {threshold:g}")
+        left.scatter(middle, values, s=40 * weight / max(weight.max(), 1e-9) + 2, color=colour)
+    left.set(xlim=(0, 1), ylim=(0, None))
+    left.set_xlabel("one-step entropy, share of log K (dot size: voxels compared)", fontsize=8, color=INK)
+    left.set_ylabel("mean divergence (nats)", fontsize=8, color=INK)
+    left.legend(frameon=False, fontsize=7, loc="upper left")
+    right.axhline(0, color=FAINT, linewidth=1)
+    right.violinplot([null], positions=[0], widths=0.6, showextrema=False)
+    jitter = np.linspace(-0.15, 0.15, len(effects))
+    right.plot(1 + jitter, effects, "o", color=COLOURS[0], markersize=3.5, alpha=0.7)
+    right.hlines(effects.mean(), 0.75, 1.25, color=COLOURS[1], linewidth=2)
+    right.set_xticks([0, 1], [f"conflict permuted\n({null.size} times)", f"observed\n({len(effects)} patients, mean)"])
+    right.set_xlim(-0.6, 1.6)
+    right.set_ylabel("divergence, high less low conflict (nats)", fontsize=8, color=INK)
+    _dress(picture, np.array([left, right]), title)
     return picture
 
 

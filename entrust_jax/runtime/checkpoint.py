@@ -14,14 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from flax import serialization
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import FixedIntervalPolicy, preservation_policy
 
 from entrust_jax.errors import UserError
-from entrust_jax.runtime.logs import write_bytes
 
 READ_SECONDS = 30  # how long the other reads of a damaged checkpoint may take to end
 
@@ -118,43 +115,6 @@ def drop_after(manager: ocp.CheckpointManager, step: int) -> None:
     manager.wait_until_finished()
     for later in [saved for saved in manager.all_steps() if saved > step]:
         manager.delete(later)
-
-
-def save_tree(folder: Path, name: str, tree: Any) -> None:
-    """Writes a small tree (calibration parameters) to folder/name.msgpack, beside and renamed.
-
-    Arrays must be whole on this process; only one process may call it.
-    """
-    write_bytes(Path(folder) / f"{name}.msgpack", serialization.to_bytes(jax.tree.map(np.asarray, tree)))
-
-
-def restore_tree(folder: Path, name: str, abstract: Any) -> Any:
-    """Reads what save_tree wrote, as numpy arrays.
-
-    Args:
-      folder: as given to save_tree.
-      name: as given to save_tree.
-      abstract: a tree of the same structure, shapes and dtypes (arrays or jax.ShapeDtypeStruct).
-
-    Raises:
-      UserError: no such file, a damaged one, or one with other arrays.
-    """
-    path = Path(folder) / f"{name}.msgpack"
-    try:
-        tree = serialization.from_bytes(abstract, path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; train again to make it") from error
-    except Exception as error:  # msgpack and flax raise half a dozen kinds for damaged bytes and other keys
-        raise UserError(
-            f"{path}: cannot be read ({_first_line(error)}); remove it and train again"
-        ) from error
-
-    def check(found: Any, wanted: Any) -> None:
-        if np.shape(found) != wanted.shape or np.asarray(found).dtype != wanted.dtype:
-            raise UserError(f"{path}: made with another config; remove it and train again")
-
-    jax.tree.map(check, tree, abstract)
-    return tree
 
 
 @contextlib.contextmanager

@@ -22,8 +22,9 @@ def run(bonus, patients=6, permutations=200):
 
 
 def test_strata_separate_entropy_and_distance():
-    found = conflict.strata(np.array([0.0, 0.0, 0.5, 1.0]), np.array([0.5, 3.0, 0.5, np.inf]), (0.1, 0.9), (1.0, 2.0))
-    assert list(found) == [0, 2, 3, 8]
+    columns = len(conflict.DISTANCE_EDGES) + 1
+    found = conflict.strata(np.array([0.0, 0.0, 0.015, 1.0]), np.array([0.5, 3.0, 0.5, np.inf]))
+    assert list(found) == [0, 3, columns, len(conflict.ENTROPY_EDGES) * columns + columns - 1]
 
 
 def test_a_confounder_alone_gives_no_effect_though_the_raw_difference_is_large():
@@ -71,6 +72,22 @@ def test_sums_by_hand():
     np.testing.assert_allclose(found.null[:, 1] / weight, (9 - tops) / 2)
     both = conflict.add(found, found)
     np.testing.assert_allclose(both.observed, 2 * found.observed)
+
+
+def test_the_profile_shows_each_entropy_bin_by_itself():
+    entropy = np.array([0.0, 0.0, 0.5, 0.5, 0.5, 1.0])
+    stratum = conflict.strata(entropy, np.zeros(6))
+    high = np.array([True, False, True, False, False, True])
+    found = conflict.alignment(np.array([1.0, 2.0, 6.0, 3.0, 5.0, 9.0]), high, stratum, permutations=5, seed=0)
+    profile = conflict.divergence_profile([found, found])
+    seen = profile[profile[:, 3] > 0]
+    np.testing.assert_allclose(seen[:, 1:], [[1, 2, 2 * 0.5], [6, 4, 2 * 2 / 3]])  # the last bin holds one kind only
+    assert seen[0, 0] < 0.01 and 0.45 < seen[1, 0] < 0.55
+    assert np.isnan(profile[-1, 1:3]).all()
+    effects, null = conflict.effects_and_null([found, found])
+    expected = (0.5 * -1 + 2 / 3 * 2) / (0.5 + 2 / 3)
+    np.testing.assert_allclose(effects, [expected, expected])
+    assert null.shape == (5,)
 
 
 def test_majority_in_conflict_draws_the_complement():

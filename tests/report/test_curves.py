@@ -27,6 +27,20 @@ def test_risk_coverage_draws_every_method_and_its_best_order():
     curves.risk_coverage_figure({}, "no case has a Dice", {})
 
 
+def test_conflict_draws_both_curves_and_every_patient():
+    profile = np.array([[0.1, 0.2, 0.1, 5.0], [0.3, np.nan, np.nan, 0.0], [0.5, 0.6, 0.4, 10.0]])
+    null = np.random.default_rng(0).normal(size=50)
+    picture = curves.conflict_figure(profile, np.array([0.1, 0.3]), null, "title", 0.1)
+    left, right = picture.axes
+    lines = {line.get_label(): line for line in left.lines}
+    np.testing.assert_allclose(lines["conflict above 0.1"].get_ydata(), profile[:, 1])
+    np.testing.assert_allclose(lines["conflict up to 0.1"].get_ydata(), profile[:, 2])
+    dots = next(line for line in right.lines if len(line.get_ydata()) == 2 and line.get_marker() == "o")
+    np.testing.assert_allclose(dots.get_ydata(), [0.1, 0.3])
+    assert "2 patients" in right.get_xticklabels()[1].get_text()
+    picture.canvas.draw()
+
+
 def test_save_writes_a_png_and_replaces_it_whole(tmp_path):
     path = tmp_path / "picture.png"
     path.write_bytes(b"old")
