@@ -22,6 +22,7 @@ def get_config() -> Any:
             "source": "",  # where a person gets the data
             "modalities": (),
             "reference": "",  # the modality whose grid is used
+            "patient_pattern": "",  # its first group in a case's name is the patient; "": as the layout says
             "classes": (),
             "label_map": ((0, 0), (1, 1)),  # (value in the file, class index)
             "patch": (96, 96),

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -94,13 +95,14 @@ def run(main: Callable[[list[str]], Any], required: Sequence[str] = ()) -> None:
     """Parses the flags, calls main(argv) and leaves the process.
 
     A mistake of the user (UserError, an unknown or missing flag, an unknown config key, a config file that
-    does not exist) becomes one line `error: ...` on stderr and exit code 2; ctrl-C gives 130. Any other
-    exception is a bug and keeps its traceback.
+    does not exist) becomes one line `error: ...` on stderr and exit code 2; ctrl-C gives 130, SIGTERM 143, both after
+    what was begun is cleared away. Any other exception is a bug and keeps its traceback.
 
     Args:
       main: takes the positional arguments, argv[0] being the program.
       required: flags that must have a value.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         app.run(main, flags_parser=lambda argv: _parse(argv, required))
     except UserError as error:

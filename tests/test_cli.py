@@ -26,6 +26,11 @@ def main(argv):
     if "interrupt" in argv:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
         os.kill(os.getpid(), signal.SIGINT)
+    if "terminate" in argv:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            print("cleared", flush=True)
     if "devices" in argv:
         cli.setup_devices(at_most=int(argv[2]) if len(argv) > 2 else None)
         import jax
@@ -112,6 +117,13 @@ def test_overrides_and_positional_arguments_reach_main(call):
 def test_interrupt_gives_130(call):
     done = call("--out=o", "interrupt")
     assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+
+
+def test_sigterm_clears_away_what_was_begun(call):
+    done = call("--out=x", "terminate")
+    assert done.returncode == cli.TERMINATED
+    assert done.stdout == "cleared\n"
     assert "Traceback" not in done.stderr
 
 

@@ -1,5 +1,7 @@
 """The data of a config: which cases there are, how they are split, and their volumes."""
 
+import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,33 @@ def find(data: Any) -> list[layouts.Case]:
             f"{wrong}; {source}give its folder ({data.layout} layout: {expected}) as --config.data.dir=FOLDER "
             "(evaluate: --data_dir), or train configs/brats.py:demo, which needs no data"
         )
-    return layouts.find_cases(data.layout, data.dir, tuple(data.modalities))
+    return name_patients(layouts.find_cases(data.layout, data.dir, tuple(data.modalities)), data.patient_pattern)
+
+
+def name_patients(cases: Sequence[layouts.Case], pattern: str) -> list[layouts.Case]:
+    """The cases with the patient that `pattern` (re.search, its first group) finds in their names; "" changes nothing.
+
+    Raises UserError for a pattern without a group, and for a name in which it finds nothing: a scan whose patient is
+    unknown could be on both sides of a split.
+    """
+    if not pattern:
+        return list(cases)
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"config.data.patient_pattern {pattern!r}: {error}; mend the pattern") from None
+    if not compiled.groups:
+        raise UserError(
+            f"config.data.patient_pattern {pattern!r} has no group; put the patient's part in brackets: '(.+)_[0-9]+$'"
+        )
+    found = [compiled.search(case.name) for case in cases]
+    for case, match in zip(cases, found, strict=True):
+        if match is None or not match[1]:
+            raise UserError(
+                f"config.data.patient_pattern {pattern!r} finds no patient in the case name {case.name}; "
+                "mend the pattern"
+            )
+    return [dataclasses.replace(case, patient=match[1]) for case, match in zip(cases, found, strict=True) if match]
 
 
 def read(data: Any, names: Iterable[str], seed: int) -> tuple[list[Volume], list[str]]:
