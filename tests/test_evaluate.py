@@ -181,6 +181,17 @@ def test_a_gap_above_its_bound_fails_the_tower_check():
     assert summary.tower_sums(np.ones(10, np.float32), p * 0 + np.float32([0.95, 0.05]), body, 16)[2] == 0
 
 
+@pytest.mark.parametrize(("share", "holds"), [(0.0, True), (0.25, False)])
+def test_tower_holds_for_draws_of_the_marginal_and_fails_for_a_shifted_sampler(share: float, holds: bool):
+    rng = np.random.default_rng(1)
+    p = rng.uniform(0, 1, (1, 40, 40)).astype(np.float32)
+    votes = (rng.random((16, *p.shape)) < p + share * (1 - p)).mean(0).astype(np.float32)
+    body = np.ones(p.shape, bool)
+    gap, bound, count = summary.tower_sums(np.abs(p - votes), np.stack([1 - votes, votes], -1), body, 16)
+    assert count == ((votes > 0.1) & (votes < 0.9)).sum()
+    assert (gap <= bound) == holds
+
+
 def test_roi_is_shared_by_the_methods():
     case = volume(0)
     narrow, wide = predict(case), predict(case)

@@ -3,7 +3,7 @@ prediction.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 PROBABILITY_FLOOR = 1e-6
 
@@ -51,26 +51,4 @@ def statistics(hypotheses: Float[Array, "b n *s k"], one_step: Float[Array, "b *
         "variation_ratio": 1.0 - jnp.max(mean, axis=-1),
         "disagreement": count / max(count - 1, 1) * (1.0 - jnp.sum(votes**2, axis=-1)),
         "gap": 0.5 * jnp.sum(jnp.abs(one_step - mean), axis=-1),
-    }
-
-
-def tower(
-    one_step: Float[Array, "b *s k"], mean: Float[Array, "b *s k"], count: int, body: Bool[Array, "b *s"]
-) -> dict[str, Float[Array, ""]]:
-    """Test of the tower property E p_n = p_1 for N = `count` i.i.d. hypotheses, over ambiguous pixels (ours).
-
-    Over the body's pixels and foreground classes with .1 < p_1 < .9: the sum of |p_1 - pbar|, the sum of its
-    bound .92 sqrt(p_1 (1 - p_1) / N) + .02, and their number. A hard vote has the largest variance that a
-    probability of mean p can have, p(1 - p), and E|deviation| is about .80 standard deviations; .02 covers
-    the finite step count. A network and sampler that agree have deviation <= bound; pixels are chosen by p_1,
-    which does not carry the members' noise, as choosing by pbar would bias the deviation.
-
-    Returns sums to be added over cases and divided once: {"deviation", "bound", "count"}.
-    """
-    p, q = one_step[..., 1:], mean[..., 1:]
-    chosen = ((p > 0.1) & (p < 0.9) & body[..., None]).astype(jnp.float32)
-    return {
-        "deviation": jnp.sum(chosen * jnp.abs(p - q)),
-        "bound": jnp.sum(chosen * (0.92 * jnp.sqrt(jnp.maximum(p * (1 - p), 0.0) / count) + 0.02)),
-        "count": jnp.sum(chosen),
     }

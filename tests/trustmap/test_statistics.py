@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entrust_jax.trustmap.statistics import entropy, js, statistics, tower
+from entrust_jax.trustmap.statistics import entropy, js, statistics
 
 
 def ensemble(seed: int, count: int, classes: int, sharpness: float) -> np.ndarray:
@@ -66,18 +66,3 @@ def test_entropy_is_finite_and_js_is_in_bits():
     assert float(js(sure, sure)) == 0.0
     # two readers at .95 and .05, by hand: ln 2 - H(.95) over ln 2
     assert float(js(jnp.asarray([0.95, 0.05]), jnp.asarray([0.05, 0.95]))) == pytest.approx(0.714, abs=1e-3)
-
-
-@pytest.mark.parametrize(("share", "holds"), [(0.0, True), (0.25, False)])
-def test_tower_holds_for_draws_of_the_marginal_and_fails_for_a_shifted_sampler(share: float, holds: bool):
-    rng = np.random.default_rng(1)
-    p = rng.uniform(0, 1, (1, 40, 40)).astype(np.float32)
-    drawn_from = p + share * (1 - p)
-    votes = (rng.random((16, *p.shape)) < drawn_from).mean(0).astype(np.float32)
-    stack = [jnp.asarray(np.stack([1 - v, v], -1)) for v in (p, votes)]
-    body = jnp.ones(p.shape, bool)
-    sums = {k: float(v) for k, v in tower(stack[0], stack[1], 16, body).items()}
-    assert sums["count"] == ((p > 0.1) & (p < 0.9)).sum()
-    assert (sums["deviation"] <= sums["bound"]) == holds
-    nothing = tower(stack[0], stack[1], 16, ~body)
-    assert float(nothing["count"]) == 0 and float(nothing["bound"]) == 0
