@@ -1,0 +1,119 @@
+"""The acceptance checks have power: the exact observer passes all of them, each fake fails those that it should."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from entrust_jax.benchmark import acceptance, references
+from entrust_jax.data import phantom
+from entrust_jax.metrics import distribution
+
+SPEC = phantom.Spec(size=(48, 48), sites=3, radius=4.5, reliability=(0.95, 0.7), ignorance=(0.1, 0.1))
+SCENES, HYPOTHESES = 240, 24
+
+
+def expected_distance(scenes, pairs=16):
+    """E d(Y, Y') of each phantom by drawing from its law."""
+    drawn = references.draw(np.random.default_rng(7), scenes, np.asarray(scenes.posterior), SPEC, pairs)
+    return np.array(
+        [distribution.mean_self_distance(distribution.pairwise_distance(y, y, (1,)), "u") for y in drawn]
+    )
+
+
+@pytest.fixture(scope="module")
+def world():
+    scenes = phantom.scenes(SPEC, range(SCENES), 3)
+    found = acceptance.blobs(scenes, SPEC)
+    seen = references.exact(scenes, SPEC, HYPOTHESES, 0)
+    return scenes, found, seen, expected_distance(scenes)
+
+
+def checks(world, seen):
+    scenes, found, _, expected = world
+    single = references.readers(scenes, SPEC)[:, 1]
+    alone = seen._replace(one_step=references.marginals(scenes, single, SPEC), kappa=0 * seen.kappa)
+    return {
+        "G1": acceptance.g1_marginals(seen, found),
+        "G2": acceptance.g2_strong_reader(seen, found, SPEC),
+        "G3": acceptance.g3_coherence(seen, found),
+        "G4": acceptance.g4_share(seen, found),
+        "G5": acceptance.g5_diversity(seen, scenes),
+        "G6": acceptance.g6_enrichment(seen, scenes, found),
+        "G7": acceptance.g7_joint(seen, scenes, found, expected),
+        "G8": acceptance.g8_scores(seen, scenes, found),
+        "G9": acceptance.g9_blame(seen, found),
+        "G10": acceptance.g10_errors(seen, scenes),
+        "G11": acceptance.g11_missing(alone, found, single),
+    }
+
+
+def failed(world, seen):
+    return {name for name, one in checks(world, seen).items() if not one["pass"]}
+
+
+def test_the_exact_observer_passes_every_check(world):
+    assert failed(world, world[2]) == set()
+
+
+def test_conflict_taken_for_entropy_fails(world):
+    scenes, found, seen, _ = world
+    assert {"G2", "G4", "G8"} <= failed(world, references.hot_in_conflict(seen, scenes, SPEC, found, 1))
+
+
+def test_pixels_drawn_one_by_one_fail(world):
+    seen = world[2]
+    fake = references.pixel_noise(seen, 1)
+    assert "G3" in failed(world, fake)
+    assert not {"G1", "G5"} & failed(world, fake)  # marginals and pixel diversity cannot tell
+
+
+def test_thresholds_of_one_map_fail_by_their_correlation_alone(world):
+    seen = world[2]
+    assert failed(world, references.thresholds_of_one_map(seen, 1)) == {"G7"}
+
+
+def test_divergence_of_the_readers_taken_for_conflict_fails_where_lesions_are_rare():
+    """At a base rate of .5 a certain reader beside a silent one diverges less than two that contradict each other;
+
+    where the base rate is low it diverges more, and only kappa tells the two apart.
+    """
+    rare = phantom.Spec(**(dataclasses.asdict(SPEC) | {"prior": 0.3, "ignorance": (0.05, 0.4)}))
+    scenes = phantom.scenes(rare, range(SCENES), 3)
+    found, seen = acceptance.blobs(scenes, rare), references.exact(scenes, rare, HYPOTHESES, 0)
+    fake = references.divergence_as_conflict(seen, scenes, rare)
+    auroc = [acceptance.g6_enrichment(one, scenes, found)["value"]["auroc_ignorance"] for one in (seen, fake)]
+    assert auroc[0] >= acceptance.THRESHOLDS["G6"]["auroc"] > auroc[1]
+
+
+def test_a_wrong_single_reader_or_a_left_over_conflict_fails_g11(world):
+    scenes, found, seen, _ = world
+    single = references.readers(scenes, SPEC)[:, 1]
+    assert not acceptance.g11_missing(seen, found, single)["pass"]
+
+
+def test_blaming_the_honest_reader_fails(world):
+    _, found, seen, _ = world
+    turned = acceptance.g9_blame(seen._replace(attribution=-seen.attribution), found)
+    assert not turned["pass"] and turned["rate"] < 0.5
+
+
+def test_without_a_stronger_reader_g2_has_no_meaning(world):
+    _, found, seen, _ = world
+    equal = phantom.Spec(size=(48, 48), sites=3, radius=4.5, reliability=(0.9, 0.9))
+    assert acceptance.g2_strong_reader(seen, found, equal) is None
+
+
+def test_blobs_and_their_cores(world):
+    scenes, found, _, _ = world
+    site = np.asarray(scenes.site)[:, 0]
+    for j in range(SPEC.sites):
+        assert np.all(site[found.core[:, j]] == j)
+    assert found.core.sum(axis=(2, 3)).min() >= 25
+    # In a core the label is the truth of its blob.
+    label = np.asarray(scenes.label)[:, 0]
+    np.testing.assert_allclose(acceptance.over_cores(label.astype(np.float32), found.core), found.truth, atol=1e-9)
+    masks = {acceptance.CONFLICT: scenes.conflict, acceptance.IGNORANCE: scenes.ignorance}
+    for kind, mask in masks.items():
+        ours = np.any(found.core & (found.kind == kind)[..., None, None], axis=1)
+        np.testing.assert_array_equal(ours, np.asarray(mask)[:, 0])
