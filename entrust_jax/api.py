@@ -21,6 +21,10 @@ from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.runtime import checkpoint, mesh
 
+SECTIONS = ("name", "method", "seed", "data", "model", "diffusion", "train", "unet")
+# Keys that older working folders lack, with the values that they were trained with.
+ADDED = {"data": {"patient_pattern": ""}}
+
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
@@ -91,10 +95,16 @@ def multiple(config: Any) -> int:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config that a working folder was trained with. Raises UserError when there is none."""
+    """The config that a working folder was trained with. Raises UserError when there is none, or no whole one."""
     path = workdir / "config.json"
     try:
-        return ConfigDict(json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        lacking = [name for name in SECTIONS if name not in values] if isinstance(values, dict) else ["an object"]
+        if lacking:
+            raise ValueError(f"it lacks {lacking[0]}")
+        for section, added in ADDED.items():
+            values[section] = added | values[section]
+        return ConfigDict(values)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; train first: python -m entrust_jax.train --config=configs/X.py --workdir={workdir}"

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -91,7 +92,25 @@ def _has_accelerator() -> bool:
     )
 
 
-def run(main: Callable[[list[str]], Any], required: Sequence[str] = ()) -> None:
+def check_place(path: Path, flag: str) -> None:
+    """Raises UserError where `path`, a folder to be made or used, is impossible: hours later would be too late."""
+    if path.is_dir():
+        if not os.access(path, os.W_OK):
+            raise UserError(f"{flag}={path}: you may not write there; name another folder")
+        return
+    if path.exists():
+        raise UserError(f"{flag}={path}: is a file; name a folder")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise UserError(f"{flag}={path}: {above} is a file; name another folder")
+    try:
+        with tempfile.TemporaryDirectory(dir=above, prefix=".entrust-"):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag}={path}: cannot be made ({error.strerror}); name another folder") from None
+
+
+def run(main: Callable[[list[str]], Any], required: Sequence[str] = (), *, words: str = "") -> None:
     """Parses the flags, calls main(argv) and leaves the process.
 
     A mistake of the user (UserError, an unknown or missing flag, an unknown config key, a config file that
@@ -101,10 +120,11 @@ def run(main: Callable[[list[str]], Any], required: Sequence[str] = ()) -> None:
     Args:
       main: takes the positional arguments, argv[0] being the program.
       required: flags that must have a value.
+      words: what arguments without dashes are here; "": there are none, and one is a mistake.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
-        app.run(main, flags_parser=lambda argv: _parse(argv, required))
+        app.run(main, flags_parser=lambda argv: _parse(argv, required, words))
     except UserError as error:
         _leave(f"error: {_one_line(str(error))}", USER_ERROR)
     except KeyboardInterrupt:
@@ -120,11 +140,12 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _parse(argv: Sequence[str], required: Sequence[str]) -> list[str]:
+def _parse(argv: Sequence[str], required: Sequence[str], words: str) -> list[str]:
     config = _config_argument(argv)
     file = config.split(":", 1)[0] if config is not None else None
-    if file is not None and not Path(file).is_file():
-        raise UserError(f"{file or '--config='}: no such config file; give a file such as configs/brats.py")
+    if file is not None and not (Path(file).is_file() and file.endswith(".py")):
+        what = "is no Python file" if Path(file).is_file() else "no such config file"
+        raise UserError(f"{file or '--config='}: {what}; give a config such as configs/brats.py")
     try:
         rest = flags.FLAGS(list(argv))
     except flags.Error as error:
@@ -139,6 +160,9 @@ def _parse(argv: Sequence[str], required: Sequence[str]) -> list[str]:
         raise UserError(f"{config}: {_override(argv)}{_one_line(str(message))}") from error
     except SystemExit:  # absl leaves with 1 after --help, which is no failure
         sys.exit(0)
+    if len(rest) > 1 and not words:
+        hint = f"; did you mean --{rest[1]}?" if "=" in rest[1] else "; options begin with --"
+        raise UserError(f"{rest[1]}: this command takes no words without dashes{hint}")
     if missing := [f"--{name}" for name in required if flags.FLAGS[name].value is None]:
         raise UserError(f"{', '.join(missing)}: missing; --help lists the flags")
     if flags.FLAGS["verbosity"].using_default_value:

@@ -6,6 +6,7 @@ interest, and compared with the first.
 """
 
 import csv
+import json
 import math
 import os
 import resource
@@ -27,6 +28,7 @@ from entrust_jax.report import output as output_folder
 from entrust_jax.runtime import logs
 
 FLAGS = flags.FLAGS
+MAKER = "entrust_jax.evaluate"
 # What an evaluation leaves in its folder, beside a folder with a summary.json for each of several methods.
 WRITTEN = (
     "summary.json", "cases.csv", "reliability.png", "risk_coverage.png", "conflict.png",
@@ -53,17 +55,19 @@ def main(_: Sequence[str]) -> None:
     workdirs = [Path(workdir) for workdir in FLAGS.workdir]
     default = workdirs[0] / ("evaluation" if len(workdirs) == 1 else "comparison")
     output = Path(FLAGS.output) if FLAGS.output else default
+    cli.check_place(output, "--output")
     check_output(output)
     cli.setup_devices()
     methods = load_methods(workdirs)
     targets = common_targets({name: trained.config for name, trained in methods.items()})
-    volumes = read_volumes(methods, FLAGS.data_dir, FLAGS.split)
+    volumes, left_out = read_volumes(methods, FLAGS.data_dir, FLAGS.split)
     scores = score_all(methods, volumes, targets)
     about = {
         "command": shlex.join(["python", "-m", "entrust_jax.evaluate", *sys.argv[1:]]),
         "code_version": logs.code_version(),
         "data": str(FLAGS.data_dir or next(iter(methods.values())).config.data.dir),
         "split": FLAGS.split,
+        "warnings": left_out,
         "trained_on": {name: seen_in_training(trained, scores[name]) for name, trained in methods.items()},
         "calibrator": {name: trained.rung for name, trained in methods.items()},
         "roi_shared_by": list(methods),
@@ -106,21 +110,28 @@ def common_targets(configs: Mapping[str, Any]) -> summary.Targets:
     )
 
 
-def read_volumes(methods: Mapping[str, Any], data_dir: str | None, split: str) -> dict[str, list[Any]]:
-    """The labelled cases as each method reads them, in one order; UserError if the methods' cases differ or
-    there are none."""
+def read_volumes(
+    methods: Mapping[str, Any], data_dir: str | None, split: str
+) -> tuple[dict[str, list[Any]], dict[str, list[str]]]:
+    """The labelled cases as each method reads them, in one order, and a line for every case left out or warned of;
+
+    UserError if the methods' cases differ or there are none.
+    """
     volumes: dict[str, list[Any]] = {}
+    warnings: dict[str, list[str]] = {}
     for name, trained in methods.items():
         found, problems = api.read_cases(trained, data_dir, split)
+        warnings[name] = problems
         for problem in problems:
             print(f"{name}: {problem}")
         volumes[name] = sorted(found, key=lambda volume: volume.name)
         unlabelled = [volume.name for volume in volumes[name] if volume.label is None]
         if unlabelled:
-            print(f"{name}: without a label, left out: {', '.join(unlabelled)}")
+            warnings[name].append(f"without a label, left out: {', '.join(unlabelled)}")
+            print(f"{name}: {warnings[name][-1]}")
             volumes[name] = [volume for volume in volumes[name] if volume.label is not None]
     check_same_cases({name: [volume.name for volume in own] for name, own in volumes.items()}, split)
-    return volumes
+    return volumes, warnings
 
 
 def check_same_cases(cases: Mapping[str, Sequence[str]], split: str) -> None:
@@ -141,12 +152,20 @@ def score_all(
     methods: Mapping[str, Any], volumes: Mapping[str, Sequence[Any]], targets: summary.Targets
 ) -> dict[str, list[summary.Scores]]:
     """Scores of every method on every case. Cases outside, methods inside: the region of interest needs
-    every method's prediction of a case, and no more than one case is held."""
+    every method's prediction of a case, and no more than one case is held. A size that is met for the first time
+    is predicted twice: seconds per case are those of a compiled program."""
+    met: set[tuple[str, tuple[int, ...]]] = set()
     scores: dict[str, list[summary.Scores]] = {name: [] for name in methods}
     count = len(next(iter(volumes.values())))
     for i in range(count):
         started = time.perf_counter()
         case = {name: own[i] for name, own in volumes.items()}
+        for name, trained in methods.items():
+            multiple = api.multiple(trained.config)
+            size = (name, tuple(-(-side // multiple) for side in case[name].body.shape[1:]))
+            if size not in met:
+                api.predict_volume(trained, case[name])
+                met.add(size)
         predictions = {name: api.predict_volume(trained, case[name]) for name, trained in methods.items()}
         for name, one in score_predictions(predictions, case, targets).items():
             scores[name].append(one)
@@ -224,6 +243,7 @@ def write_results(
             "method": name,
             "workdir": workdirs[name],
             "about": {
+                "made_by": MAKER,
                 **about,
                 "cases": len(cases),
                 "patients": len({case.patient for case in cases}),
@@ -241,7 +261,8 @@ def write_results(
             print_headline(results)
     if several:
         comparison = summary.compare(scores, resamples=resamples)
-        logs.write_json(folder / "comparison.json", {**about, "workdirs": dict(workdirs), **comparison})
+        results = {"made_by": MAKER, **about, "workdirs": dict(workdirs), **comparison}
+        logs.write_json(folder / "comparison.json", results)
         table = summary.comparison_table(comparison)
         note = f"{about['data']}, split {about['split']}; differences paired by patient.\n\n"
         (folder / "comparison.md").write_text(f"# Comparison\n\n{note}{table}", encoding="utf-8")
@@ -327,11 +348,28 @@ def check_output(output: Path) -> None:
         return
     if not output.is_dir():
         raise UserError(f"--output={output} is a file: name a folder")
-    foreign = [p.name for p in output.iterdir() if p.name not in WRITTEN and not (p / "summary.json").is_file()]
-    if foreign:
+    if foreign := sorted(set(_names(output)) - set(_own(output))):
         raise UserError(
-            f"--output={output} holds other files ({sorted(foreign)[0]}), which would be lost: name another folder"
+            f"--output={output} holds other files ({foreign[0]}), which would be lost: name another folder"
         )
+
+
+def _names(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()]
+
+
+def _own(output: Path) -> list[str]:
+    """The files that an earlier evaluation left in `output`, by what its summary says of itself."""
+    for name, methods in (("comparison.json", "roi_shared_by"), ("summary.json", None)):
+        try:
+            found = json.loads((output / name).read_text(encoding="utf-8"))
+            about = found if methods else found["about"]
+            if about["made_by"] == MAKER:
+                inner = [f"{method}/{one}" for method in about[methods] for one in WRITTEN] if methods else []
+                return [*WRITTEN, *inner]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return []
 
 
 if __name__ == "__main__":

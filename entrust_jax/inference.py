@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from entrust_jax.baselines.unet import UNet
+from entrust_jax.baselines.unet import UNet, over_members
 from entrust_jax.data import pipeline
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.enfuse.encoder import Evidence
@@ -152,7 +152,7 @@ def ensemble(params: Any, batch: dict[str, Array], *, model: UNet, mesh: Mesh) -
     """Probabilities of every stacked U-Net, [b n *s k]."""
 
     def local(params, batch):
-        logits = jax.vmap(lambda p: apply(model, p, batch["image"], batch["present"], batch["body"]))(params)
+        logits = over_members(lambda p: apply(model, p, batch["image"], batch["present"], batch["body"]))(params)
         return jnp.moveaxis(jax.nn.softmax(_in_body(logits, batch["body"][None]), axis=-1), 0, 1)
 
     return jax.shard_map(local, mesh=mesh, in_specs=(_WHOLE, _DATA), out_specs=_DATA, check_vma=False)(params, batch)

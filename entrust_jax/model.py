@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, no_type_check
 
 import flax.linen as nn
@@ -301,10 +302,35 @@ def enfuse_loss(model: EnTrust, params: Params, batch: Batch, key: Array, progre
     return loss, {"loss": loss, **terms, **figures}
 
 
+def noisy_truth(
+    denoise: Callable[[Array, Array], Array], x0: Float[Array, "b *s k"], log_snr: Float[Array, " b"], eps: Array
+) -> Float[Array, "b *s k"]:
+    """x_t from the labelled mask: what the denoiser is trained on, and what makes its minimiser exact."""
+    del denoise
+    return schedule.diffuse(x0, log_snr, eps)
+
+
+def weighted_ce(logits: Float[Array, "b *s k"], label: Int[Array, "b *s"], weight: Array) -> Float[Array, " b"]:
+    """Mean cross-entropy of each case under voxel weights: strictly proper."""
+    return case_mean(cross_entropy(logits, label), weight)
+
+
 def segdiff_loss(
-    model: EnTrust, params: Params, batch: Batch, key: Array, *, low: float, high: float, draws: int
+    model: EnTrust,
+    params: Params,
+    batch: Batch,
+    key: Array,
+    *,
+    low: float,
+    high: float,
+    draws: int,
+    noisy: Callable = noisy_truth,
+    score: Callable = weighted_ce,
 ) -> tuple[Array, dict]:
-    """Stage 2a: L_diff + .3 L_fuse (the prior is frozen by now). `draws` noise levels are trained per encoded case."""
+    """Stage 2a: L_diff + .3 L_fuse (the prior is frozen by now). `draws` noise levels are trained per encoded case.
+
+    `noisy` and `score` are there for the ablations of the phantom suite, which show what other choices cost.
+    """
     k_drop, k_null, k_head, k_cross, k_u, k_terminal, k_eps = jax.random.split(key, 7)
     b, _, *space = batch["image"].shape
     terminal = segdiff_objective.terminal_slots(k_terminal, b * draws)
@@ -329,9 +355,11 @@ def segdiff_loss(
     repeat = functools.partial(jax.tree.map, lambda x: jnp.repeat(x, draws, axis=0))
     label, projections, weight = repeat((batch["label"], condition.projections, _weight(batch)))
     x0 = schedule.scale_onehot(label, model.classes, model.b)
-    x_t = schedule.diffuse(x0, log_snr, jax.random.normal(k_eps, x0.shape))
-    logits = apply(model, params, x_t, log_snr, condition.replace(projections=projections), method="denoise")
-    ce = case_mean(cross_entropy(logits, label), repeat(segdiff_objective.voxel_weight(_body(batch), kappa)))
+    denoise = functools.partial(
+        apply, model, params, condition=condition.replace(projections=projections), method="denoise"
+    )
+    logits = denoise(noisy(denoise, x0, log_snr, jax.random.normal(k_eps, x0.shape)), log_snr)
+    ce = score(logits, label, repeat(segdiff_objective.voxel_weight(_body(batch), kappa)))
     diffusion = over_cases(ce, weight)
     frozen_prior = {name: value for name, value in terms.items() if name != "prior"}
     loss = diffusion + FUSE_WEIGHT * enfuse_objective.total(frozen_prior)

@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> None:
     start = time.perf_counter()
     workdir, output = Path(FLAGS.workdir), Path(FLAGS.output)
     files = parse_files(argv[1:], FLAGS.case)
+    cli.check_place(output, "--output")
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such folder; give the working folder of a training run")
 
@@ -137,4 +138,4 @@ def losses(present: Sequence[str], modalities: Sequence[str], reference: str) ->
 
 if __name__ == "__main__":
     define_flags()
-    cli.run(main, required=("workdir", "output"))
+    cli.run(main, required=("workdir", "output"), words="MODALITY=FILE")

@@ -27,6 +27,7 @@ from entrust_jax.baselines import unet
 from entrust_jax.data import dataset, pipeline
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
+from entrust_jax.report import output
 from entrust_jax.runtime import checkpoint, logs, mesh
 from entrust_jax.runtime.state import TrainState, create, ema_decay, update_ema
 from entrust_jax.segdiff.objective import bin_levels
@@ -62,18 +63,24 @@ def main(argv: Sequence[str]) -> None:
     del argv
     config = flags.FLAGS.config
     workdir = Path(flags.FLAGS.workdir or cli.default_workdir(config))
+    cli.check_place(workdir, "--workdir")
     check(workdir, config)
     cli.setup_devices(at_most=config.train.batch)
+    network = api.network_of(config)
+    run(config, workdir, network, plan_stages(config, network))
+    print(f"\ndone: {workdir}\n  python -m entrust_jax.evaluate --workdir={workdir}", flush=True)
+
+
+def run(config: Any, workdir: Path, network: Any, stages: list[Stage]) -> None:
+    """Trains a network in these stages, from where the working folder stands to its end."""
     dataset.check(config.data)
     devices = mesh.data_mesh()
-
-    network = api.network_of(config)
-    stages = plan_stages(config, network)
     steps = {stage.name: compile_step(config, network, stage, devices) for stage in stages}
     print_plan(config, stages, steps, devices, workdir)
 
-    parts, volumes = read_data(config, workdir)
+    parts, volumes, warnings = read_data(config, workdir)
     claim(workdir, config)
+    logs.write_json(workdir / "warnings.json", warnings)
     if config.data.layout == "phantom":
         example = dataset.export_example(config.data, workdir / "example", parts["test"][0], config.seed)
         print(f"example case, as NIfTI files: {example}", flush=True)
@@ -82,7 +89,6 @@ def main(argv: Sequence[str]) -> None:
     params = best_params(config, workdir, devices)
     tau = threshold(config, network, params, volumes["val"], devices)
     calibrate(config, workdir, network, params, tau, volumes["calibration"], devices)
-    print(f"\ndone: {workdir}\n  python -m entrust_jax.evaluate --workdir={workdir}", flush=True)
 
 
 # Before data is touched -----------------------------------------------------------------------------------------------
@@ -92,13 +98,12 @@ def check(workdir: Path, config: Any) -> None:
     """Mistakes that can be seen at once, in the config and the folder: a folder belongs to one config."""
     if config.method not in NETWORK_STAGES:
         raise UserError(f"config.method is {config.method!r}; set it to one of {', '.join(NETWORK_STAGES)}")
+    check_values(config)
     data, side = config.data, api.coarsest(config)
     if any(size % side for size in data.patch):
         raise UserError(f"config.data.patch is {tuple(data.patch)}; give multiples of {side}, for the coarsest scale")
     if data.reference not in data.modalities:
         raise UserError(f"config.data.reference is {data.reference!r}; set it to one of {', '.join(data.modalities)}")
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: is a file; name a folder")
     path = workdir / "config.json"
     if path.exists():
         old, values = json.loads(api.read_config(workdir).to_json()), json.loads(config.to_json())
@@ -111,6 +116,38 @@ def check(workdir: Path, config: Any) -> None:
                 f"{path}: was trained with {key}={then.get(key)!r}, this config has {now.get(key)!r}"
                 f" ({len(changed)} keys differ); use the same config to go on, or another --workdir"
             )
+
+
+def check_values(config: Any) -> None:
+    """Values that make no sense, also those that are needed only after hours of training."""
+    data, counts = config.data, {
+        "train": ("batch", "draws", "log_every", "eval_every", "val_slices", "calibration_slices", "head_steps"),
+        "model": ("d_c", "d_u", "space_to_depth"),
+        "unet": ("members",),
+        "diffusion": ("hypotheses",),
+    }  # fmt: skip
+    for section, names in counts.items():
+        for name in names:
+            if config[section][name] < 1:
+                raise UserError(f"config.{section}.{name} is {config[section][name]}; give at least 1")
+    for section in ("model", "unet"):
+        if not config[section].widths or min(config[section].widths) < 1:
+            raise UserError(f"config.{section}.widths is {tuple(config[section].widths)}; give one width a scale")
+    if not isinstance(data.patch, tuple | list) or len(data.patch) != 2 or min(data.patch) < 1:
+        raise UserError(f"config.data.patch is {data.patch}; give the height and width of the training patches")
+    output.label_values(data.label_map, len(data.classes))
+    for value, index in data.label_map:
+        if not 0 <= index < len(data.classes):
+            raise UserError(
+                f"config.data.label_map gives value {value} the class index {index}; config.data.classes has "
+                f"{len(data.classes)}, so give 0 to {len(data.classes) - 1}"
+            )
+    for name, members in data.regions.items():
+        if not members or not all(0 <= index < len(data.classes) for index in members):
+            raise UserError(
+                f"config.data.regions.{name} is {tuple(members)}; give class indices from 0 to {len(data.classes) - 1}"
+            )
+    inference.sampler_of(config)
 
 
 def claim(workdir: Path, config: Any) -> None:
@@ -230,7 +267,7 @@ def compile_step(config: Any, network: Any, stage: Stage, devices: Any) -> Compi
     size = mesh.round_to_devices(config.train.batch, devices)
     batch = api.example_batch(config, size)
     if config.method != "entrust":
-        step = jax.vmap(step, in_axes=(0, 0, 0))
+        step = unet.over_members(step)
         n = members(config)
         spec = jax.sharding.PartitionSpec(None, *split.spec)
         split = jax.sharding.NamedSharding(devices, spec)
@@ -292,13 +329,19 @@ def print_plan(config: Any, stages: list[Stage], steps: dict[str, Compiled], dev
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def read_data(config: Any, workdir: Path) -> tuple[dict[str, list[str]], dict[str, list[Volume]]]:
-    """The split, and the volumes of its parts. A new split that cannot be read is not kept: the mend may change it."""
+def read_data(
+    config: Any, workdir: Path
+) -> tuple[dict[str, list[str]], dict[str, list[Volume]], dict[str, list[str]]]:
+    """The split, the volumes of its parts, and what was wrong with any of them.
+
+    A new split that cannot be read is not kept: the mend may change it.
+    """
     path = workdir / "splits.json"
     found, drawn = workdir.exists(), not path.exists()
     try:
         parts = dataset.split(config.data, path)
-        return parts, {part: read_part(config, parts, part) for part in ("train", "val", "calibration")}
+        read = {part: read_part(config, parts, part) for part in ("train", "val", "calibration")}
+        return parts, {part: found[0] for part, found in read.items()}, {part: found[1] for part, found in read.items()}
     except UserError:
         if drawn:
             path.unlink(missing_ok=True)
@@ -307,14 +350,14 @@ def read_data(config: Any, workdir: Path) -> tuple[dict[str, list[str]], dict[st
         raise
 
 
-def read_part(config: Any, parts: dict[str, list[str]], part: str) -> list[Volume]:
-    """The volumes of one part of the split; what is wrong with any of them is printed."""
+def read_part(config: Any, parts: dict[str, list[str]], part: str) -> tuple[list[Volume], list[str]]:
+    """The volumes of one part of the split, and a line for what is wrong with any of them, printed too."""
     began = time.perf_counter()
     volumes, problems = dataset.read(config.data, parts[part], config.seed)
     print(f"{part}: {len(volumes)} of {len(parts[part])} cases read in {time.perf_counter() - began:.1f} s")
     for line in problems:
         print(f"  warning: {line}")
-    return volumes
+    return volumes, problems
 
 
 def train_network(
@@ -507,7 +550,7 @@ def _validate_entrust(network: Any, params: Any, batch: Batch, levels: Array, ke
 
 @functools.partial(jax.jit, static_argnames="network")
 def _validate_unet(network: Any, params: Any, batch: Batch):
-    return jax.vmap(lambda p: unet.validate(network, p, batch))(params)
+    return unet.over_members(lambda p: unet.validate(network, p, batch))(params)
 
 
 def validate(config: Any, network: Any, stage: Stage, ema: Any, batches: list[Batch]) -> dict[str, float]:

@@ -44,6 +44,23 @@ def test_cases_of_a_split(ensemble):
     assert ensemble.config.data.dir == ""
 
 
+def test_a_folder_from_before_a_key_was_added_goes_on(ensemble, trained, tmp_path):
+    values = json.loads((ensemble.workdir / "config.json").read_text())
+    assert "patient_pattern" in values["data"]
+    for section, added in api.ADDED.items():
+        for key in added:
+            del values[section][key]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert json.loads(api.read_config(tmp_path).to_json()) == json.loads((ensemble.workdir / "config.json").read_text())
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"name": "x"}', "{"])
+def test_a_config_that_is_none_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="is damaged"):
+        api.read_config(tmp_path)
+
+
 def test_the_phantom_has_no_folder(ensemble, tmp_path):
     with pytest.raises(UserError, match=r"built-in phantom.*leave --data_dir out"):
         api.read_cases(ensemble, str(tmp_path))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from entrust_jax import cli
+from entrust_jax.errors import UserError
 
 PROGRAM = """
 import json, os, signal, sys
@@ -39,7 +40,7 @@ def main(argv):
     value = config.value
     print(json.dumps([argv[1:], value.to_dict() if value is not None else None], sort_keys=True))
 
-cli.run(main, required=("out",))
+cli.run(main, required=("out",), words="" if "plain" in sys.argv else "WORDS")
 """
 
 CONFIG = """
@@ -118,6 +119,27 @@ def test_interrupt_gives_130(call):
     done = call("--out=o", "interrupt")
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
+
+
+def test_words_where_none_belong_are_a_mistake(call):
+    done = call("--out=o", "config.rate=1", "plain")
+    assert done.returncode == 2
+    assert "config.rate=1" in done.stderr and "did you mean --config.rate=1" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["there", "new", "new/deep"])
+def test_a_place_that_can_be_made_passes_and_stays_as_it_is(tmp_path, name):
+    (tmp_path / "there").mkdir()
+    cli.check_place(tmp_path / name, "--output")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/x", "/proc/nothing/x"])
+def test_an_impossible_place_is_named_before_the_work(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--workdir=") as error:
+        cli.check_place(tmp_path / name, "--workdir")
+    assert "name" in str(error.value)
 
 
 def test_sigterm_clears_away_what_was_begun(call):

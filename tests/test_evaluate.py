@@ -270,16 +270,45 @@ def test_results_of_several_methods_are_written(tmp_path, plain, sharp):
 def test_a_failure_keeps_the_earlier_results(tmp_path):
     output = tmp_path / "evaluation"
     output.mkdir()
-    (output / "summary.json").write_text("old")
+    old = json.dumps({"about": {"made_by": evaluate.MAKER}})
+    (output / "summary.json").write_text(old)
     with pytest.raises(RuntimeError), output_files.whole_folder(output, evaluate.check_output) as folder:
         (folder / "summary.json").write_text("new")
         raise RuntimeError
-    assert (output / "summary.json").read_text() == "old"
+    assert (output / "summary.json").read_text() == old
     assert [one.name for one in tmp_path.iterdir()] == ["evaluation"]
     with output_files.whole_folder(output, evaluate.check_output) as folder:
         (folder / "comparison.json").write_text("new")
     assert [one.name for one in output.iterdir()] == ["comparison.json"]
     assert [one.name for one in tmp_path.iterdir()] == ["evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("files", "lost"),
+    [
+        ({"summary.json": "{}"}, "summary.json"),  # somebody else's: nnU-Net writes one too
+        ({"summary.json": "OURS", "thesis.docx": ""}, "thesis.docx"),
+        ({"A/summary.json": "OURS", "B/summary.json": "OURS"}, "A/summary.json"),  # results of their own
+        ({"comparison.json": "OURS", "A/summary.json": "", "A/thesis.docx": ""}, "A/thesis.docx"),
+        ({"comparison.json": "OURS", "C/summary.json": ""}, "C/summary.json"),
+    ],
+)
+def test_only_an_earlier_evaluation_is_replaced(tmp_path, files, lost):
+    ours = {"made_by": evaluate.MAKER, "roi_shared_by": ["A", "B"]}
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(ours | {"about": ours}) if text == "OURS" else text)
+    with pytest.raises(errors.UserError, match="would be lost") as error:
+        evaluate.check_output(tmp_path)
+    assert f"({lost})" in str(error.value)
+
+
+def test_an_earlier_comparison_is_replaced(tmp_path):
+    (tmp_path / "comparison.json").write_text(json.dumps({"made_by": evaluate.MAKER, "roi_shared_by": ["A"]}))
+    (tmp_path / "A").mkdir()
+    (tmp_path / "A" / "cases.csv").write_text("")
+    evaluate.check_output(tmp_path)
 
 
 def test_a_folder_of_other_files_is_not_replaced(tmp_path):
@@ -322,7 +351,14 @@ def test_flow_with_a_made_up_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate.cli, "setup_devices", lambda: None)  # the tests' devices stay
     monkeypatch.setattr(evaluate.api, "load", load)
     monkeypatch.setattr(evaluate.api, "read_cases", lambda *_: ([*cases, unlabelled], ["case9: unreadable"]))
-    monkeypatch.setattr(evaluate.api, "predict_volume", lambda trained, case: predict(case))
+    predicted = []
+
+    def predict_volume(trained, case):
+        predicted.append((trained.name, case.name))
+        return predict(case)
+
+    monkeypatch.setattr(evaluate.api, "predict_volume", predict_volume)
+    monkeypatch.setattr(evaluate.api, "multiple", lambda config: 16)
     flags = types.SimpleNamespace(
         workdir=[str(tmp_path / "A"), str(tmp_path / "B")], data_dir=None, split="all", output=None
     )
@@ -337,6 +373,9 @@ def test_flow_with_a_made_up_model(tmp_path, monkeypatch, capsys):
     )
     found = json.loads((tmp_path / "A" / "comparison" / "comparison.json").read_text())
     assert found["differences"]["B"]["dice"]["value"] == 0
+    assert "case9: unreadable" in found["warnings"]["A"] and "case2" in found["warnings"]["B"][-1]
+    # Each method once more on the first case of a size, whose time would be that of compiling.
+    assert predicted == [("A", "case0"), ("B", "case0"), ("A", "case0"), ("B", "case0"), ("A", "case1"), ("B", "case1")]
     assert found["trained_on"]["A"] == ["case1"]
     with pytest.raises(errors.UserError, match="twice"):
         evaluate.load_methods([tmp_path / "A", tmp_path / "A"])

@@ -339,18 +339,20 @@ def scans(tmp_path):
 
 
 def test_a_truncated_scan_is_named_and_the_rest_is_read(scans, tmp_path, capsys):
-    parts, _ = train.read_data(scans, tmp_path / "clean")
+    parts, _, clean = train.read_data(scans, tmp_path / "clean")
+    assert clean == {"train": [], "val": [], "calibration": []}
     capsys.readouterr()
     victim = parts["train"][0]
     path = tmp_path / "data" / "imagesTr" / f"{victim}_0001.nii.gz"
     path.write_bytes(path.read_bytes()[:-40])
-    again, volumes = train.read_data(scans, tmp_path / "w")
+    again, volumes, warnings = train.read_data(scans, tmp_path / "w")
     assert again == parts and json.loads((tmp_path / "w" / "splits.json").read_text())["train"] == parts["train"]
     assert [volume.name for volume in volumes["train"]] == parts["train"][1:]
     assert len(volumes["val"]) == len(parts["val"]) and len(volumes["calibration"]) == len(parts["calibration"])
     printed = capsys.readouterr().out
     (warning,) = [line for line in printed.splitlines() if "warning" in line]
     assert str(path) in warning and "truncated" in warning and "left out" in warning
+    assert len(warnings["train"]) == 1 and warnings["train"][0] in warning and not warnings["val"]
 
 
 def test_data_that_cannot_be_read_leaves_no_split_behind(scans, tmp_path):
@@ -358,14 +360,53 @@ def test_data_that_cannot_be_read_leaves_no_split_behind(scans, tmp_path):
     for path in (tmp_path / "data" / "labelsTr").iterdir():
         label = np.full((8, 8, 3), 3, np.uint8)
         nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), path)
-    with pytest.raises(UserError, match=r"no case could be read.*label value 3 is not in config.data.label_map"):
+    with pytest.raises(UserError, match=r"label value 3 is not in config.data.label_map"):
         train.read_data(scans, tmp_path / "w")
     assert not (tmp_path / "w").exists()
-    with pytest.raises(UserError, match="no case could be read"):
+    with pytest.raises(UserError, match="label value 3"):
         train.read_data(scans, tmp_path / "trained")
     assert json.loads((tmp_path / "trained" / "splits.json").read_text())["test"] == kept["test"]
     scans.data.label_map = ((0, 0), (3, 1))  # the mend that the message names, in the same folder
     assert train.read_data(scans, tmp_path / "w")[0] == kept
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("diffusion.sampler", "ddmi", "diffusion.sampler"),
+        ("diffusion.steps", 0, "diffusion.steps"),
+        ("diffusion.hypotheses", 0, "diffusion.hypotheses"),
+        ("diffusion.lambda_min", 9.0, "lambda_min"),
+        ("train.calibration_slices", 0, "calibration_slices"),
+        ("train.eval_every", 0, "eval_every"),
+        ("model.space_to_depth", 0, "space_to_depth"),
+        ("model.widths", (), "model.widths"),
+        ("unet.members", 0, "unet.members"),
+        ("data.patch", (0, 0), "data.patch"),
+        ("data.classes", ("a", "b", "c"), "label_map"),
+        ("data.label_map", ((0, 0), (1, 1), (2, 5)), "label_map"),
+        ("data.label_map", (), "label_map"),
+        ("data.regions", {"lesion": (1, 7)}, "regions.lesion"),
+    ],
+)
+def test_a_value_that_would_fail_after_training_fails_before_it(key, value, said, tmp_path):
+    config = glioma.get_config().copy_and_resolve_references()
+    train.check(tmp_path / "w", config)
+    section, name = key.split(".")
+    with config.ignore_type():
+        config[section][name] = value
+    with pytest.raises(UserError) as error:
+        train.check(tmp_path / "w", config)
+    assert said in str(error.value) and chr(10) not in str(error.value)
+
+
+def test_a_split_that_cannot_be_drawn_is_said_before_compiling(scans):
+    dataset.check(scans.data)
+    for key, value in (("test_pattern", "NOPE"), ("test_pattern", "("), ("fold", 7)):
+        own = scans.copy_and_resolve_references()
+        own.data.split[key] = value
+        with pytest.raises(UserError, match=f"config.data.split.*{key}|{key}"):
+            dataset.check(own.data)
 
 
 def test_calibration_joins_scans_of_different_sizes():

@@ -1,9 +1,10 @@
 """The plain U-Net that a user would pick instead, or several of them: a deep ensemble (Lakshminarayanan et al. 2017).
 
 Modalities are concatenated with their availability. Members are stacked along a leading axis of the parameters and run
-at once by `vmap`; a single U-Net is an ensemble of one.
+at once (`over_members`); a single U-Net is an ensemble of one.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -72,6 +73,23 @@ def build(config) -> UNet:
 def members(config) -> int:
     """How many U-Nets the config's method trains."""
     return config.unet.members if config.method == "deep_ensemble" else 1
+
+
+def over_members(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` over the leading axis of all its arguments, the members of an ensemble.
+
+    That is `vmap`. But on CPU a convolution with kernels of its own for every member is several times slower than the
+    members' convolutions one after the other: there the loop over members is unrolled into the same program.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.vmap(function)
+
+    def unrolled(*arguments: Any) -> Any:
+        count = jax.tree.leaves(arguments)[0].shape[0]
+        each = [function(*jax.tree.map(lambda x, i=i: x[i], arguments)) for i in range(count)]
+        return jax.tree.map(lambda *x: jnp.stack(x), *each)
+
+    return unrolled
 
 
 def soft_dice(logits: Float[Array, "b *s k"], label: Array, inside: Float[Array, "b *s"]) -> Float[Array, " b"]:

@@ -31,6 +31,19 @@ THRESHOLDS: Mapping[str, Any] = {
     "G10": -0.005,  # of two classes the exact error probability and the exact entropy order pixels alike
     "G11": {"mae": 0.08, "kappa": 0.0},
 }
+QUESTIONS = {
+    "G1": "blob presence by p_1 against the analytic posterior, mean absolute error",
+    "G2": "mean belief in conflict on the side of the more reliable reader",
+    "G3": "share of hypotheses in which an uncertain blob is whole",
+    "G4": "slope of the share of hypotheses that show a conflict blob against its posterior",
+    "G5": "pairwise disagreement of hypotheses over its analytic value",
+    "G6": "divergence in conflict over that in agreement, relative to its exact value; in ignorance; AUROC of kappa",
+    "G7": "GED^2 above its value for the exact law; correlation of blobs that are independent",
+    "G8": "NLL per blob above the analytic posterior's; calibration error in the ROI",
+    "G9": "rate of blaming a guilty reader over that of an ideal observer",
+    "G10": "what the learned error probability finds beyond the entropy: AUROC, area under risk-coverage",
+    "G11": "without the second modality: error against the single reader's posterior; largest conflict",
+}
 CERTAIN = 0.1  # blobs with a posterior below it or above 1 - it say nothing about how hypotheses are drawn
 WHOLE = 0.95  # share of a core with one label from which a hypothesis is coherent there
 

@@ -1,19 +1,17 @@
-"""python -m entrust_jax.benchmark.latency --config=configs/glioma.py [--size=128] [--repeats=5]
+"""The latency suite: seconds for the hypotheses and TrustMap of one slice, beside one U-Net pass and as many as a deep
 
-Seconds for the hypotheses and TrustMap of one slice, beside one U-Net pass and as many as a deep ensemble has, in one
-run on one machine. Weights are random: the time does not depend on them. Prints JSON; compilation is timed apart.
+ensemble has, in one run on one machine. Weights are random: the time does not depend on them. Compilation is timed
+apart.
 """
 
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 
-from entrust_jax import api, cli, inference
+from entrust_jax import api, inference
 from entrust_jax.baselines import unet
 from entrust_jax.runtime import mesh
 
@@ -42,13 +40,13 @@ def slice_batch(config: Any, size: int, copies: int) -> dict[str, np.ndarray]:
     return batch
 
 
-def main(argv: Sequence[str]) -> None:
-    """Times encode + hypotheses + probes of EnTrust against U-Net passes, on one device each."""
-    del argv
-    config = _CONFIG.value.copy_and_resolve_references()
-    cli.setup_devices()
+def measure(config: Any, size: int, repeats: int) -> dict[str, Any]:
+    """Encode, hypotheses and probes of EnTrust against U-Net passes, on one device each: seconds by what was done.
+
+    size: height and width of the slice, a multiple of what the networks pool by. repeats: timed calls after the first.
+    """
+    config = config.copy_and_resolve_references()
     one = mesh.data_mesh(jax.devices()[:1])
-    repeats, size = flags.FLAGS.repeats, flags.FLAGS.size
     key = jax.random.key(0)
     batch = slice_batch(config, size, 1)
     sampler, n = inference.sampler_of(config), config.diffusion.hypotheses
@@ -83,11 +81,4 @@ def main(argv: Sequence[str]) -> None:
         stacked = jax.jit(lambda: api.init_params(config, key))()
         timed = seconds(lambda: inference.ensemble(stacked, batch, model=net, mesh=one), repeats)  # noqa: B023
         result[f"{method}_{unet.members(config)}"] = timed
-    print(json.dumps(result, indent=2))
-
-
-if __name__ == "__main__":
-    _CONFIG = cli.config_flag()
-    flags.DEFINE_integer("size", 128, "Height and width of the slice, a multiple of 16.")
-    flags.DEFINE_integer("repeats", 5, "Timed calls after the first.")
-    cli.run(main, required=["config"])
+    return result

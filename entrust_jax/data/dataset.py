@@ -50,7 +50,11 @@ def split(data: Any, path: Path) -> dict[str, list[str]]:
 def check(data: Any) -> None:
     """Raises UserError for data that cannot be there: a second's look, before the minutes of compiling."""
     if data.layout != "phantom":
-        find(data)
+        cases = find(data)
+        layouts.require_complete(cases, data.dir, tuple(data.modalities))
+        s = data.split
+        pairs = [(case.name, case.patient) for case in cases]
+        splits.draw(pairs, seed=s.seed, folds=s.folds, fold=s.fold, test_pattern=s.test_pattern)
         return
     phantom_spec(data)
     cases = tuple(data.phantom.cases)

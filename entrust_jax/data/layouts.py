@@ -43,6 +43,16 @@ def case_number(name: str) -> int:
     return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 
+def ending_of(name: str, endings: Sequence[str]) -> str | None:
+    """Which of the endings a file name has, in any case; None for others, and for hidden files: macOS leaves a ._NAME
+
+    beside every NAME on foreign disks.
+    """
+    if name.startswith("."):
+        return None
+    return next((ending for ending in endings if name.lower().endswith(ending.lower())), None)
+
+
 def one_file(found: Sequence[Path], case: str, what: str) -> Path | None:
     """The only file of a list, None when empty. Raises UserError for two."""
     if len(found) > 1:
@@ -59,7 +69,7 @@ def brats_case(folder: Path, modalities: Sequence[str]) -> Case:
     files: dict[str, list[Path]] = {}
     dashed = False
     for path in sorted(folder.iterdir()):
-        ending = next((e for e in ENDINGS if path.name.endswith(e)), None)
+        ending = ending_of(path.name, ENDINGS)
         if ending is None or not path.is_file():
             continue
         stem = path.name[: -len(ending)]
@@ -115,12 +125,16 @@ def nnunet_cases(folder: Path, modalities: Sequence[str]) -> list[Case]:
         raise UserError(f"{images}: no such folder; an nnU-Net raw folder keeps its scans there")
     found: dict[str, dict[int, list[Path]]] = {}
     for path in sorted(images.iterdir()):
-        ending = next((e for e in endings if path.name.endswith(e)), None)
+        ending = ending_of(path.name, endings)
         if ending is None:
             continue
         name, _, channel = path.name[: -len(ending)].rpartition("_")
         if name and channel.isdigit():
             found.setdefault(name, {}).setdefault(int(channel), []).append(path)
+    labels: dict[str, list[Path]] = {}
+    for path in sorted((folder / "labelsTr").iterdir()) if (folder / "labelsTr").is_dir() else []:
+        if ending := ending_of(path.name, endings):
+            labels.setdefault(path.name[: -len(ending)], []).append(path)
     cases = []
     for name, by_channel in sorted(found.items()):
         files = {}
@@ -128,8 +142,7 @@ def nnunet_cases(folder: Path, modalities: Sequence[str]) -> list[Case]:
             path = one_file(by_channel.get(channels[modality.lower()], []), name, modality)
             if path is not None:
                 files[modality] = path
-        labels = [folder / "labelsTr" / (name + ending) for ending in endings]
-        label = one_file([path for path in labels if path.is_file()], name, "the label")
+        label = one_file(labels.get(name, []), name, "the label")
         cases.append(Case(name, name, case_number(name), files, label))
     return cases
 
@@ -143,8 +156,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path, Sequence[str]], list[Case]]]] = {
 def find_cases(layout: str, folder: Path | str, modalities: Sequence[str]) -> list[Case]:
     """The cases of a data set, sorted by name; those without any of the modalities are left out.
 
-    Raises UserError when the folder or its cases are not there, for two files of one modality, and when no
-    case has all the modalities.
+    Raises UserError when the folder or its cases are not there, and for two files of one modality.
     """
     if layout not in LAYOUTS:
         raise UserError(f"config.data.layout is {layout!r}; set it to one of {', '.join(LAYOUTS)}")
@@ -159,6 +171,11 @@ def find_cases(layout: str, folder: Path | str, modalities: Sequence[str]) -> li
         raise UserError(
             f"{folder}: holds no case with any of {', '.join(modalities)}; the {layout} layout expects {expected}"
         )
+    return cases
+
+
+def require_complete(cases: Sequence[Case], folder: Path | str, modalities: Sequence[str]) -> None:
+    """Raises UserError when no case has every modality: nothing could be learnt of how they go together."""
     if not any(len(case.images) == len(modalities) for case in cases):
         present = [name for name in modalities if any(name in case.images for case in cases)]
         missing = [name for name in modalities if name not in present]
@@ -169,7 +186,6 @@ def find_cases(layout: str, folder: Path | str, modalities: Sequence[str]) -> li
         )
         why = f"; all of them lack {', '.join(missing)}" if missing else ""
         raise UserError(f"{folder}: none of its {len(cases)} cases has every modality{why}; {mend}")
-    return cases
 
 
 def case_from_folder(folder: Path | str, modalities: Sequence[str]) -> Case:
@@ -208,7 +224,7 @@ def case_from_files(files: Mapping[str, Path | str], modalities: Sequence[str]) 
         raise UserError(f"no scan given; give at least one of {', '.join(modalities)} as MODALITY=FILE")
     images = {modality: given[modality] for modality in modalities if modality in given}
     first = next(iter(images.values())).name
-    ending = next((e for e in ENDINGS if first.endswith(e)), "")
+    ending = ending_of(first, ENDINGS) or ""
     name = first[: len(first) - len(ending)]
     # NAME_0001 and NAME_flair are NAME, as in a data set: so the sampling noise does not depend on the first file.
     name = re.sub(rf"(?<=.)[_-](\d{{4}}|{'|'.join(map(re.escape, modalities))})$", "", name, flags=re.IGNORECASE)

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Float32, Int32
 from nibabel import orientations
 from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
+from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.spatialimages import HeaderDataError
 from scipy import ndimage
 
@@ -22,6 +23,8 @@ from entrust_jax.data.layouts import Case
 from entrust_jax.errors import UserError
 
 # What a damaged or foreign file raises somewhere inside nibabel, gzip or numpy.
+COVERED = 0.9  # share of the body below which a scan's field of view is worth a word
+
 UNREADABLE = (
     OSError,
     EOFError,
@@ -146,6 +149,10 @@ def body_mask(image: Float[np.ndarray, "m *s"], present: Bool[np.ndarray, " m"])
     return mask if mask.mean() >= 0.05 else np.ones(shape, bool)
 
 
+class UnknownLabelError(UserError):
+    """A mask holds a value that the config does not know: the config is wrong, not the case."""
+
+
 class Grid(NamedTuple):
     """Where voxels lie: the shape [x, y, z] and the affine from voxel indices to mm, both canonical (RAS)."""
 
@@ -161,13 +168,14 @@ def load_scan(path: Path) -> tuple[Grid, np.ndarray]:
     holds NaN.
     """
     try:
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             # nibabel stops before the checksum, so a damaged file would pass with wrong values.
             with gzip.open(path) as stream:
                 while stream.read(1 << 22):
                     pass
-        image: Any = nibabel.load(path)
-        values = np.asanyarray(image.dataobj)
+        with LoggingOutputSuppressor():  # its own lines about a bad header would stand before ours
+            image: Any = nibabel.load(path)
+            values = np.asanyarray(image.dataobj)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the path of a .nii.gz scan") from None
     except UNREADABLE as error:
@@ -256,7 +264,7 @@ def read_label(
 ) -> tuple[Int32[np.ndarray, "x y z"], list[str]]:
     """The mask's class indices on a grid (-1 where its file does not reach) and warnings.
 
-    Raises UserError for a value that `label_map` lacks and for a mask that misses the grid.
+    Raises UnknownLabelError for a value that `label_map` lacks, UserError for a mask that misses the grid.
     """
     own, values = load_scan(path)
     table = {int(value): int(index) for value, index in label_map}
@@ -272,7 +280,7 @@ def read_label(
     unknown = ~np.isin(whole.astype(np.int64), keys) | (np.abs(values - whole) > 1e-3)
     if unknown.any():
         value = values[unknown][0]
-        raise UserError(
+        raise UnknownLabelError(
             f"{path}: label value {value:g} is not in config.data.label_map (it knows {sorted(table)});"
             f" add ({value:g}, class index) to config.data.label_map"
         )
@@ -327,6 +335,12 @@ def read_volume(
     for m in np.flatnonzero(present).tolist():
         # What lies beyond a smaller field of view was not measured: it stays out of the moments and at 0.
         image[m] = normalise(raw[m : m + 1], np.array([True]), body & field[m])[0]
+        share = field[m][body].mean() if body.any() else 1.0
+        if share < COVERED:
+            warnings.append(
+                f"{case.images[modalities[m]]}: covers only {share:.0%} of the body on {grid.path}; "
+                "where it does not, it says nothing"
+            )
         if not image[m].any():
             raise UserError(
                 f"{case.images[modalities[m]]}: has one single value inside the body"
@@ -356,7 +370,10 @@ def read_volumes(
     label_map: Iterable[tuple[int, int]],
     classes: Sequence[str],
 ) -> tuple[list[Volume], list[str]]:
-    """Reads every case with a label that can be read: (volumes, a line per case left out and per warning)."""
+    """Reads every case with a label that can be read: (volumes, a line per case left out and per warning).
+
+    Raises UnknownLabelError: leaving out the cases with a value that the config forgot would bias the set unseen.
+    """
     volumes, problems = [], []
     label_map = tuple(label_map)
     for case in cases:
@@ -369,6 +386,8 @@ def read_volumes(
             volume = read_volume(
                 case, modalities=modalities, reference=reference, label_map=label_map, classes=classes
             )
+        except UnknownLabelError:
+            raise
         except UserError as error:
             problems.append(f"{error} (case {case.name} is left out)")
         else:

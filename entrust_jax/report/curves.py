@@ -1,4 +1,4 @@
-"""Reliability, risk-coverage and conflict pictures."""
+"""Reliability, risk-coverage, conflict and phantom pictures."""
 
 import os
 import tempfile
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -122,6 +122,33 @@ def conflict_figure(
     right.set_xlim(-0.6, 1.6)
     right.set_ylabel("divergence, high less low conflict (nats)", fontsize=8, color=INK)
     _dress(picture, np.array([left, right]), title)
+    return picture
+
+
+def blob_figure(
+    posterior: Float[np.ndarray, " n"],
+    panels: Mapping[str, Float[np.ndarray, " n"]],
+    kinds: Mapping[str, Bool[np.ndarray, " n"]],
+    title: str,
+) -> Figure:
+    """What a model says of each phantom blob against the analytic posterior, one panel a figure (its one-step belief,
+    the share of hypotheses that show it), one colour a kind of blob; larger marks are means over equal posteriors."""
+    picture = Figure(figsize=(3.8 * len(panels), 3.8), dpi=150, layout="constrained")
+    axes = picture.subplots(1, len(panels), squeeze=False)[0]
+    rng = np.random.default_rng(0)
+    for axis, (heading, values) in zip(axes, panels.items(), strict=True):
+        axis.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle="--")
+        for (kind, chosen), colour in zip(kinds.items(), COLOURS, strict=False):
+            jitter = 0.01 * rng.normal(size=int(chosen.sum()))
+            axis.plot(posterior[chosen] + jitter, values[chosen], ".", color=colour, markersize=2, alpha=0.35)
+            level, index = np.unique(np.round(posterior[chosen], 4), return_inverse=True)
+            mean = np.bincount(index, values[chosen]) / np.maximum(np.bincount(index), 1)
+            axis.plot(level, mean, "o", color=colour, markersize=6, markeredgecolor="white", label=kind)
+        axis.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
+        axis.set_title(heading, fontsize=9, color=INK)
+        axis.set_xlabel("analytic posterior", fontsize=8, color=INK)
+    axes[0].legend(frameon=False, fontsize=7, loc="upper left")
+    _dress(picture, axes, title)
     return picture
 
 

@@ -71,7 +71,11 @@ def whole_folder(output: Path, check: Callable[[Path], None]) -> Iterator[Path]:
         yield part
         check(output)  # somebody may have put a file there in the minutes between
         if output.exists():
-            output.rename(old)
+            try:
+                output.rename(old)
+            except OSError:  # a mount point, such as a container's volume: its contents can be replaced, not itself
+                _fill(output, part)
+                return
         try:
             part.rename(output)
         except BaseException:
@@ -82,6 +86,17 @@ def whole_folder(output: Path, check: Callable[[Path], None]) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         if output.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _fill(output: Path, part: Path) -> None:
+    """Replaces what is in `output` by what is in `part`."""
+    try:
+        for path in list(output.iterdir()):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in list(part.iterdir()):
+            shutil.move(path, output / path.name)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be filled ({error.strerror}); name another folder") from None
 
 
 def check_output(output: Path) -> None:

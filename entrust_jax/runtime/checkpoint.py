@@ -202,8 +202,13 @@ def _patient_loops() -> Iterator[None]:
 
 
 def _damaged(manager: ocp.CheckpointManager, step: int, error: Exception) -> UserError:
+    if any(word in str(error) for word in ("stored shape", "tree structures")):
+        return UserError(
+            f"{manager.directory / str(step)}: the checkpoint is from another config ({_first_line(error)}); "
+            "put back the config.json that it was trained with, or use another working folder"
+        )
     return UserError(
-        f"{manager.directory / str(step)}: the checkpoint is damaged or from another config "
+        f"{manager.directory / str(step)}: the checkpoint is damaged "
         f"({_first_line(error)}); remove this folder and run train again, "
         "or train into a new working folder"
     )

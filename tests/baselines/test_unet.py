@@ -145,3 +145,36 @@ def test_dice_is_added_at_its_weight(params):
     dice = jax.jit(unet.soft_dice)(logits, batch["label"], batch["body"].astype(np.float32))
     value, figures = loss(params, batch, key, dice=0.5)
     np.testing.assert_allclose(value - figures["ce"], 0.5 * np.mean(batch["weight"] * dice), rtol=1e-3)
+
+
+def test_members_run_one_by_one_on_a_cpu_and_by_vmap_elsewhere(monkeypatch):
+    """The same numbers either way, gradients included, and no convolution with a kernel per member on a CPU."""
+    batch = jax.tree.map(jnp.asarray, batch_of())
+    keys = jax.random.split(jax.random.key(0), 3)
+    init = jax.vmap(lambda k: NETWORK.init(k, *(jnp.asarray(batch[n]) for n in ("image", "present", "body"))))
+    stacked = jax.tree.map(lambda x: x + 0.3 * some(*x.shape, seed=1), jax.jit(init)(keys))
+
+    def make():
+        step = jax.value_and_grad(lambda p, k: unet.loss(NETWORK, p, batch, k, dice=0.5)[0])
+        return unet.over_members(step)
+
+    alone = make()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    together = make()
+    for one, two in zip(*(jax.tree.leaves(jax.jit(f)(stacked, keys)) for f in (alone, together)), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4)
+    groups = [
+        [e.params["feature_group_count"] for e in convolutions(jax.make_jaxpr(f)(stacked, keys).jaxpr)]
+        for f in (alone, together)
+    ]
+    assert set(groups[0]) == {1}
+    assert len(groups[0]) == 3 * len(groups[1])
+
+
+def convolutions(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            yield equation
+        for value in jax.tree.leaves(tuple(equation.params.values())):
+            if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
+                yield from convolutions(getattr(value, "jaxpr", value))

@@ -93,7 +93,7 @@ def test_no_complete_case_names_the_mend(tmp_path):
     with pytest.raises(
         UserError, match=r"lack T1, T2; set config\.data\.modalities.*present: T1ce, FLAIR"
     ) as e:
-        layouts.find_cases("brats", tmp_path, FOUR)
+        layouts.require_complete(layouts.find_cases("brats", tmp_path, FOUR), tmp_path, FOUR)
     assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
     assert len(layouts.find_cases("brats", tmp_path, ("FLAIR", "T1ce"))) == 2
 
@@ -102,7 +102,21 @@ def test_no_complete_case_though_each_modality_is_somewhere(tmp_path):
     touch(tmp_path / "a", "a_flair.nii.gz")
     touch(tmp_path / "b", "b_t1.nii.gz")
     with pytest.raises(UserError, match="none of its 2 cases has every modality; add the missing files"):
-        layouts.find_cases("brats", tmp_path, ("FLAIR", "T1"))
+        found = layouts.find_cases("brats", tmp_path, ("FLAIR", "T1"))
+        layouts.require_complete(found, tmp_path, ("FLAIR", "T1"))
+
+
+def test_endings_in_any_case_and_no_hidden_files(tmp_path):
+    touch(tmp_path / "a", "a_T1.NII.GZ", "a_flair.Nii.gz", "._a_t1.nii.gz", "._a_flair.nii.gz")
+    (case,) = layouts.find_cases("brats", tmp_path, ("T1", "FLAIR"))
+    assert {name: path.name for name, path in case.images.items()} == {"T1": "a_T1.NII.GZ", "FLAIR": "a_flair.Nii.gz"}
+
+
+def test_endings_in_any_case_in_nnunet_folders(tmp_path):
+    nnunet(tmp_path, {"0": "T1", "1": "FLAIR"}, "p_0000.nii.gz", "p_0001.NII.GZ", "._p_0000.nii.gz")
+    touch(tmp_path / "labelsTr", "p.NII.GZ", "._p.nii.gz")
+    (case,) = layouts.find_cases("nnunet", tmp_path, ("T1", "FLAIR"))
+    assert set(case.images) == {"T1", "FLAIR"} and case.label is not None and case.label.name == "p.NII.GZ"
 
 
 @pytest.mark.parametrize("second", ["a_t1.nii", "a_t1n.nii.gz", "other_t1.nii.gz"])
@@ -179,7 +193,7 @@ def test_real_brats_set_lacks_two_modalities(data_root):
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
     with pytest.raises(UserError, match="lack T1, T2"):
-        layouts.find_cases("brats", folder, FOUR)
+        layouts.require_complete(layouts.find_cases("brats", folder, FOUR), folder, FOUR)
     cases = layouts.find_cases("brats", folder, ("FLAIR", "T1ce"))
     assert len(cases) == 3 and all(set(case.images) == {"FLAIR", "T1ce"} and case.label for case in cases)
 

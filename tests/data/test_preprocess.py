@@ -339,6 +339,45 @@ def test_damaged_file_stops_that_case_and_training_goes_on(tmp_path, damage, mes
     assert len(problems) == 1 and str(bad / "T1.nii.gz") in problems[0] and "left out" in problems[0]
 
 
+def test_a_label_value_that_the_config_forgot_stops_the_whole_set(tmp_path):
+    """Leaving such cases out would leave out just those with that class."""
+    cases = []
+    for name, value in (("good", 1), ("forgot", 3)):
+        folder = tmp_path / name
+        folder.mkdir()
+        label = np.zeros((16, 14, 6), np.uint8)
+        label[6:9, 6:9, 2:4] = value
+        cases.append(make_case(folder, label=label))
+    with pytest.raises(UserError, match=r"forgot.*label value 3"):
+        preprocess.read_volumes(cases, **OPTIONS)
+
+
+def test_a_modality_that_covers_little_of_the_body_is_told(tmp_path):
+    case = make_case(tmp_path)
+    save(case.images["T1"], head()[:, :, :2])
+    (line,) = read(case).warnings
+    assert "T1.nii.gz: covers only 3" in line
+    assert read(make_case(tmp_path)).warnings == ()
+
+
+def test_a_bad_header_is_one_error_without_lines_of_another_library(tmp_path, capfd):
+    path = save(tmp_path / "bad.nii", head())
+    data = bytearray(path.read_bytes())
+    data[70:72] = (999).to_bytes(2, "little")  # datatype
+    path.write_bytes(bytes(data))
+    with pytest.raises(UserError, match=r"bad\.nii"):
+        preprocess.load_scan(path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_upper_case_file_is_checked_like_any_other(tmp_path):
+    path = save(tmp_path / "scan.nii.gz", head()).rename(tmp_path / "SCAN.NII.GZ")
+    assert preprocess.load_scan(path)[1].shape == (16, 14, 6)
+    damage_crc(path)
+    with pytest.raises(UserError, match="unreadable or truncated"):
+        preprocess.load_scan(path)
+
+
 def test_read_volumes_leaves_out_unlabelled_cases_and_passes_warnings_on(tmp_path):
     case = make_case(tmp_path, label=np.zeros((16, 14, 6), np.uint8))
     bare = layouts.Case("bare", "bare", 1, case.images, None)

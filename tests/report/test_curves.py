@@ -41,6 +41,16 @@ def test_conflict_draws_both_curves_and_every_patient():
     picture.canvas.draw()
 
 
+def test_blobs_are_drawn_against_their_posterior():
+    posterior = np.array([0.1, 0.1, 0.9, 0.9])
+    kinds = {"agree": posterior > 0.5, "conflict": posterior < 0.5}
+    picture = curves.blob_figure(posterior, {"p": np.array([0.0, 0.2, 0.8, 1.0]), "share": posterior}, kinds, "title")
+    means = {line.get_label(): line.get_xydata() for line in picture.axes[0].lines}
+    np.testing.assert_allclose(means["agree"], [[0.9, 0.9]])
+    np.testing.assert_allclose(means["conflict"], [[0.1, 0.1]])
+    assert [axis.get_title() for axis in picture.axes] == ["p", "share"]
+
+
 def test_save_writes_a_png_and_replaces_it_whole(tmp_path):
     path = tmp_path / "picture.png"
     path.write_bytes(b"old")

@@ -236,6 +236,27 @@ def test_ctrl_c_in_a_process_of_its_own_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_mount_point_is_filled_where_it_stands(tmp_path, monkeypatch):
+    """A container's volume cannot be renamed: what is in it is replaced."""
+    mount = tmp_path / "out"
+    mount.mkdir()
+    (mount / "earlier").write_text("")
+    rename = Path.rename
+
+    def busy(self, target):
+        if self == mount:
+            raise OSError(16, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with report.whole_folder(mount, lambda path: None) as folder:
+        (folder / "a").write_text("new")
+        (folder / "inner").mkdir()
+        (folder / "inner" / "b").write_text("new")
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"out/a", "out/inner/b"}
+
+
 def test_an_earlier_prediction_is_replaced_whole(tmp_path, stored):
     volume = read(tmp_path, stored)
     prediction = make_prediction(volume, stored)

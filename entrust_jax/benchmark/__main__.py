@@ -1,0 +1,72 @@
+"""python -m entrust_jax.benchmark --suite=phantom --output=O [--seeds=3] [--quick]
+python -m entrust_jax.benchmark --suite=latency --config=configs/glioma.py
+
+phantom: trains EnTrust and its ablations on the phantom and holds them against the exact posterior. Finished trainings
+in O/runs are not repeated. --quick: one seed, the reference alone, small images: ten minutes on two cores.
+latency: seconds of one slice with all its hypotheses and probes, beside U-Net passes.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from entrust_jax import cli
+from entrust_jax.errors import UserError
+
+FLAGS = flags.FLAGS
+QUICK = {
+    "data.phantom.size": (32, 32),
+    "data.phantom.sites": 2,
+    "data.phantom.radius": 4.0,
+    "data.phantom.jitter": 0.5,
+    "data.patch": (32, 32),
+    "train.enfuse_steps": 300,
+    "train.segdiff_steps": 900,
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs one suite."""
+    del argv
+    config = FLAGS.config.copy_and_resolve_references()
+    cli.setup_devices(at_most=config.train.batch)
+    {"phantom": phantom_suite, "latency": latency_suite}[FLAGS.suite](config)
+
+
+def phantom_suite(config: Any) -> None:
+    """Writes summary.json, phantom.md and one working folder a training into --output."""
+    from entrust_jax.benchmark import phantom  # after the devices are set up
+
+    if config.data.layout != "phantom":
+        raise UserError(f"--config: {config.name} has no phantom; use configs/phantom.py")
+    if not FLAGS.output:
+        raise UserError("--output is missing: name a folder for the results, --output=runs/phantom_suite")
+    variants, seeds, cases = list(phantom.VARIANTS), FLAGS.seeds, 256
+    if FLAGS.quick:
+        config.update_from_flattened_dict(QUICK)
+        variants, seeds, cases = [phantom.REFERENCE], 1, 128
+    output = Path(FLAGS.output)
+    phantom.run(config, output, variants, seeds, cases)
+    print((output / "phantom.md").read_text())
+
+
+def latency_suite(config: Any) -> None:
+    """Prints JSON."""
+    from entrust_jax.benchmark import latency
+
+    print(json.dumps(latency.measure(config, FLAGS.size, FLAGS.repeats), indent=2))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("suite", "phantom", ["phantom", "latency"], "What to measure.")
+    flags.DEFINE_string("output", None, "Folder for the results of the phantom suite.")
+    flags.DEFINE_integer("seeds", 3, "Trainings of every variant.", lower_bound=1)
+    flags.DEFINE_bool("quick", False, "The reference alone, small and short.")
+    flags.DEFINE_integer("size", 128, "latency: height and width of the slice, a multiple of 16.")
+    flags.DEFINE_integer("repeats", 5, "latency: timed calls after the first.")
+    config_flags.DEFINE_config_file("config", "configs/phantom.py", "Config of the suite.", lock_config=True)
+    cli.run(main)

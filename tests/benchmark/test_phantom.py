@@ -1,0 +1,193 @@
+"""The phantom suite: each ablation does what its name says, and a shrunk run goes from training to table."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from entrust_jax import model as entrust
+from entrust_jax.benchmark import acceptance, references
+from entrust_jax.benchmark import phantom as suite
+from entrust_jax.data import phantom
+from entrust_jax.layers import apply
+
+B, M, SIZE = 2, 2, 8
+
+
+@pytest.fixture(scope="module")
+def config(repository):
+    sys.path.insert(0, str(repository))
+    from configs import phantom as file
+
+    config = file.get_config().copy_and_resolve_references()
+    config.update_from_flattened_dict(
+        {
+            "data.phantom.cases": (8, 4, 8, 4),
+            "data.phantom.size": (24, 24),
+            "data.phantom.sites": 2,
+            "data.phantom.radius": 2.5,
+            "data.phantom.jitter": 0.5,
+            "data.patch": (24, 24),
+            "model.widths": (4, 4),
+            "model.d_c": 4,
+            "model.d_u": 4,
+            "diffusion.steps": 2,
+            "train.batch": 8,
+            "train.enfuse_steps": 2,
+            "train.segdiff_steps": 2,
+            "train.val_slices": 8,
+            "train.calibration_slices": 1,
+            "train.head_steps": 5,
+        }
+    )
+    return config
+
+
+def some(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+BATCH = {
+    "image": some(B, M, SIZE, SIZE),
+    "present": np.ones((B, M), bool),
+    "label": np.random.default_rng(0).integers(0, 2, (B, SIZE, SIZE)).astype(np.int32),
+    "body": np.ones((B, SIZE, SIZE), bool),
+    "coordinates": some(B, SIZE, SIZE, 3, seed=2),
+    "weight": np.ones(B, np.float32),
+    "valid": np.ones(B, bool),
+    "case": np.arange(B, dtype=np.int32),
+    "slice": np.zeros(B, np.int32),
+}
+
+
+def fused_by(config, variant):
+    """(condition, evidence) of random parameters under a variant's network, and those of the reference."""
+    networks = [suite.variant_network(config, v) for v in (suite.VARIANTS[variant], suite.VARIANTS[suite.REFERENCE])]
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(networks[1].init, {"params": key, "dropout": key}, BATCH, key)
+    params = jax.tree.map(lambda x: 0.5 * some(*x.shape), shapes)
+    found = []
+    for network in networks:
+        evidence = apply(
+            network, params, *(jnp.asarray(BATCH[n]) for n in ("image", "coordinates", "body")), method="encode"
+        )
+        found.append((apply(network, params, evidence, jnp.ones((B, M, SIZE, SIZE)), method="fuse"), evidence))
+    return found
+
+
+def test_mean_fusion_weighs_all_alike(config):
+    (plain, _), (learned, _) = fused_by(config, "A0 mean fusion")
+    np.testing.assert_allclose(plain.fused.weights, 1 / M, rtol=1e-6)
+    assert np.ptp(learned.fused.weights) > 0.01
+
+
+def test_without_conflict_features_the_map_itself_stays(config):
+    (without, _), (with_, _) = fused_by(config, "A3 no conflict features")
+    assert all(np.all(np.asarray(x) == 0) for x in without.fused.F_cf)
+    assert any(np.any(np.asarray(x) != 0) for x in with_.fused.F_cf)
+    np.testing.assert_array_equal(without.fused.kappa, with_.fused.kappa)
+
+
+def test_the_global_prior_is_the_same_everywhere(config):
+    (_, flat), (_, local) = fused_by(config, "A12 global prior")
+    assert np.max(np.std(flat.prior_logits, axis=(1, 2))) < 1e-6
+    assert np.max(np.std(local.prior_logits, axis=(1, 2))) > 1e-3
+    rate = np.mean(jax.nn.softmax(local.prior_logits, axis=-1), axis=(1, 2))
+    np.testing.assert_allclose(np.exp(flat.prior_logits)[:, 0, 0], rate, rtol=1e-4)
+
+
+def test_without_independence_only_that_term_is_gone(config):
+    key, terms = jax.random.key(0), []
+    for name in ("A4 no independence", suite.REFERENCE):
+        network = suite.variant_network(config, suite.VARIANTS[name])
+        shapes = jax.eval_shape(network.init, {"params": key, "dropout": key}, BATCH, key)
+        params = jax.tree.map(lambda x: 0.5 * some(*x.shape), shapes)
+        terms.append(entrust.enfuse_loss(network, params, jax.tree.map(jnp.asarray, BATCH), key, jnp.float32(1.0))[1])
+    assert terms[0]["xcov"] == 0 and terms[1]["xcov"] > 0
+    for name in ("uni", "con", "align", "var", "rec", "prior"):
+        np.testing.assert_allclose(terms[0][name], terms[1][name], rtol=1e-5)
+
+
+def test_recycled_masks_know_nothing_of_the_truth():
+    one, two = (np.where(some(B, 4, 4, 2, seed=s) > 0, 0.2, -0.2).astype(np.float32) for s in (1, 2))
+    eps, level = some(B, 4, 4, 2, seed=3), np.float32([0.0, 6.0])
+
+    def denoise(x, log_snr):
+        assert np.all(np.asarray(log_snr) == -12)
+        return 3 * x
+
+    first, second = (suite.recycled(denoise, x0, level, eps) for x0 in (one, two))
+    np.testing.assert_array_equal(first, second)
+    truth = [entrust.noisy_truth(denoise, x0, level, eps) for x0 in (one, two)]
+    assert np.any(np.abs(truth[0] - truth[1]) > 0.1)
+
+
+def test_dice_is_added_to_the_cross_entropy():
+    logits, label = 50 * np.float32([[[[1, 0], [0, 1]]]]), np.int32([[[0, 1]]])
+    weight = np.float32([[[1, 4]]])
+    assert suite.with_dice(jnp.asarray(logits), label, weight)[0] == pytest.approx(0, abs=1e-5)
+    wrong = suite.with_dice(jnp.asarray(-0.02 * logits), label, weight)[0]
+    assert wrong > entrust.weighted_ce(jnp.asarray(-0.02 * logits), label, weight)[0] + 0.1
+
+
+def test_a_run_goes_from_training_to_table_and_repeats_nothing(config, tmp_path):
+    summary = suite.run(config, tmp_path, [suite.REFERENCE, "A3 no conflict features"], 1, 6)
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert set(written["checks"]) == {f"G{i}" for i in range(1, 12)}
+    for one in written["checks"].values():
+        assert {"value", "threshold", "pass"} <= set(one)
+    assert not written["checks"]["G1"]["pass"]  # nothing can be learnt in two steps
+    assert written["checks"]["G11"]["value"]["kappa"] == 0
+    assert written["fakes"]["none (the exact observer)"] == [] or len(written["fakes"]) == 5
+    figures = written["ablations"]["A3 no conflict features"]["figures"]
+    assert figures["G3"]["n"] == 1 and figures["G3"]["spread"] is None
+    text = (tmp_path / "phantom.md").read_text()
+    assert "| G11 |" in text and "A3 no conflict features" in text and "every pixel drawn by itself" in text
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    again = suite.run(config, tmp_path, [suite.REFERENCE, "A3 no conflict features"], 1, 6)
+    assert again["checks"]["G5"] == summary["checks"]["G5"]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()} == before
+
+
+def test_a_check_passes_when_every_seed_does():
+    good = {
+        "G3": {"value": 0.95, "threshold": 0.9, "pass": True},
+        "G1": {"value": {"a": 1.0}, "threshold": {}, "pass": True},
+    }
+    bad = good | {"G3": {"value": 0.85, "threshold": 0.9, "pass": False}}
+    name = "A1 recycling"
+    found = suite.summarise({suite.REFERENCE: [good, bad], name: [bad, bad]}, {})
+    assert found["checks"]["G3"] == {
+        "value": pytest.approx(0.9),
+        "threshold": 0.9,
+        "pass": False,
+        "seeds": [0.95, 0.85],
+    }
+    assert found["checks"]["G1"]["value"] == {"a": 1.0} and found["checks"]["G1"]["pass"]
+    figure = found["ablations"][name]["figures"]["G3"]
+    assert figure["difference"] == pytest.approx(-0.05) and figure["spread"] == 0 and figure["n"] == 2
+    assert found["ablations"][name]["fails"] == ["G3"]
+
+
+def test_the_planted_fakes_are_found_out():
+    spec = phantom.Spec(size=(32, 32), sites=2, radius=3.5, jitter=0.5, reliability=(0.95, 0.7), ignorance=(0.1, 0.1))
+    failed = suite.fakes(phantom.scenes(spec, range(300), 0), spec, 16)
+    assert failed["none (the exact observer)"] == []
+    assert "G3" in failed["every pixel drawn by itself"]
+    assert "G7" in failed["thresholds of one marginal map"]
+    assert {"G2", "G4"} <= set(failed["temperature by conflict"])
+
+
+def test_without_a_modality_nothing_of_it_is_left(config):
+    spec = suite.dataset.phantom_spec(config.data)
+    volume = phantom.volumes(spec, [0], 0)[0]
+    alone = suite.without(volume, 1)
+    assert list(alone.present) == [True, False]
+    assert np.all(alone.image[1] == 0) and np.any(volume.image[1] != 0)
+    assert dataclasses.replace(alone, image=volume.image, present=volume.present) is not volume
+    found = acceptance.blobs(phantom.scenes(spec, range(4), 0), spec)
+    assert references.readers(phantom.scenes(spec, range(4), 0), spec).shape == (4, 4, found.posterior.shape[1])
