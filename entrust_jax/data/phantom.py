@@ -233,7 +233,7 @@ def draw_evidence(key: PRNGKeyArray, spec: Spec) -> tuple[Bool[Array, " j"] | In
     if spec.variant == "class":
         _, one, two = prior(spec)
         truth = jnp.where(draws[0] < one, 1, jnp.where(draws[0] < one + two, 2, 0)).astype(jnp.int32)
-        said = jnp.where(truth == 0, -1, jnp.where(correct, truth, 3 - truth))
+        said = jnp.where(truth[None] == 0, -1, jnp.where(correct, truth[None], 3 - truth[None]))
     else:
         truth = draws[0] < float(prior(spec)[1])
         said = jnp.where(correct == truth[None], 1, -1)
@@ -279,7 +279,9 @@ def log_likelihood(evidence: Int[Array, "m *j"], present: Bool[Array, " m"], spe
 
 def belief(evidence: Int[Array, "m *j"], present: Bool[Array, " m"], spec: Spec) -> Float[Array, "*j z"]:
     """P(z_j = z | the present modalities), by Bayes' rule; absent and silent readers are summed out."""
-    return jax.nn.softmax(jnp.asarray(np.log(prior(spec)), jnp.float32) + log_likelihood(evidence, present, spec))
+    said = log_likelihood(evidence, present, spec)
+    odds = jnp.asarray(np.log(prior(spec)), jnp.float32).reshape((1,) * (said.ndim - 1) + (-1,))
+    return jax.nn.softmax(odds + said)
 
 
 def posterior(evidence: Int[Array, "m *j"], present: Bool[Array, " m"], spec: Spec) -> Float[Array, "*j"]:
