@@ -20,13 +20,13 @@ def phantom_spec(data: Any) -> phantom.Spec:
         depth=p.depth,
         modalities=tuple(data.modalities),
         sites=p.sites,
-        prior=p.prior,  # a number, or one for each class of lesion
+        prior=p.prior if isinstance(p.prior, int | float) else tuple(p.prior),
         reliability=tuple(p.reliability),
         ignorance=tuple(p.ignorance),
         radius=p.radius,
         jitter=p.jitter,
         variant=p.variant,
-        correlated=p.get("correlated"),
+        correlated=tuple(p.correlated) if "correlated" in p else None,
     )
 
 

@@ -127,7 +127,7 @@ def pairwise_disagreement(
 
 
 def _expect(
-    parts: Sequence[tuple[Float[np.ndarray, " s"], Integer[np.ndarray, "s 2"]]],
+    parts: Sequence[tuple[Float[np.ndarray, " _"], Integer[np.ndarray, "_ 2"]]],
     value: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> float:
     """E value(a, b), (a, b) the sum of independent pairs of counts, one a site, each given as (probability, counts).
@@ -225,13 +225,13 @@ def dice_action(law: Law, thresholds: Sequence[float] | None = None) -> tuple[In
     class where 1 - P(background) > tau, background elsewhere.
 
     thresholds: the values of tau; by default 0 and every value that 1 - P(background) takes, which gives every map of
-    this family. The best of all maps need not be one: to leave out some pixels of one probability and take others can
-    be better. Ties go to the larger tau, that is the smaller mask.
+    this family. The best of all maps need not be one of them (a pixel of a small lesion can be worth more than a
+    likelier one of a large lesion), but is nearly always. Ties go to the larger tau, that is the smaller mask.
     """
     p = marginals(law)
     foreground = np.round(1 - p[..., 0], 12)  # pixels of one probability stay together
     winner = 1 + np.argmax(p[..., 1:], axis=-1)
-    taus = np.unique([0.0, *foreground.ravel()]) if thresholds is None else np.unique(thresholds)
+    taus = np.unique(np.append(foreground, 0.0) if thresholds is None else np.asarray(thresholds, np.float64))
     masks = np.stack([np.where(foreground > tau, winner, 0) for tau in taus])
     score = expected_dice(law, masks)
     best = int(np.flatnonzero(score >= score.max() - 1e-12)[-1])
@@ -252,18 +252,19 @@ def contributions(
     With independent readers and one class of lesion its sign is that of s_mj, turned to the answer. Of two equally
     likely values the smaller is the answer. Costs 2^M posteriors.
     """
-    said, there = jnp.asarray(evidence), np.asarray(present, bool)
+    said, there = np.asarray(evidence), np.asarray(present, bool)
     count = len(there)
-    subsets = list(itertools.product((False, True), repeat=count))
-    chance = {s: np.asarray(phantom.belief(said, jnp.asarray(there & np.array(s)), spec)) for s in subsets}
-    whole = chance[(True,) * count]
-    answer = np.argmax(whole > whole.max(axis=-1, keepdims=True) - 1e-5, axis=-1)[..., None]
-    value = {s: np.log(np.take_along_axis(p, answer, axis=-1)[..., 0].astype(np.float64)) for s, p in chance.items()}
-    phi = np.zeros(np.shape(evidence))
-    for m, s in itertools.product(range(count), subsets):
-        if not s[m]:
-            share = math.factorial(sum(s)) * math.factorial(count - sum(s) - 1) / math.factorial(count)
-            phi[m] += share * (value[(*s[:m], True, *s[m + 1 :])] - value[s])
+    subsets = (np.arange(2**count)[:, None] >> np.arange(count) & 1).astype(bool)  # [t m], all readers last
+    speak = (subsets & there).T.reshape(count, -1, *(1,) * (said.ndim - 1))
+    chance = np.asarray(phantom.belief(jnp.asarray(np.where(speak, said[:, None], 0)), jnp.ones(count, bool), spec))
+    whole = chance[-1]
+    answer = np.argmax(whole > whole.max(axis=-1, keepdims=True) - 1e-5, axis=-1)[None, ..., None]
+    value = np.log(np.take_along_axis(chance, answer, axis=-1)[..., 0].astype(np.float64))  # [t *j]
+    phi = np.zeros(said.shape)
+    for m in range(count):
+        without = np.flatnonzero(~subsets[:, m])
+        orders = [count * math.comb(count - 1, int(n)) for n in subsets[without].sum(axis=1)]
+        phi[m] = np.tensordot(1 / np.array(orders), value[without + 2**m] - value[without], 1)
     return phi
 
 
@@ -288,7 +289,8 @@ def blame_rate(spec: phantom.Spec, present: Sequence[bool] | None = None, liars:
     shown = np.where(evidence == 0, silence, 1 - silence)[there].prod(axis=0)
     weight = shown[:, None] * phantom.prior(spec) * np.exp(np.asarray(given, np.float64))  # P(evidence, z) [e z]
     truth = np.broadcast_to(np.arange(spec.values), weight.shape)
-    guilty = np.asarray(phantom.wrong(jnp.asarray(evidence)[..., None], jnp.asarray(truth)))  # [m e z]
+    said = jnp.asarray(np.broadcast_to(evidence[..., None], (count, *weight.shape)))
+    guilty = np.asarray(phantom.wrong(said, jnp.asarray(truth)))  # [m e z]
     weight = weight * np.asarray(phantom.opposed(jnp.asarray(evidence), jnp.asarray(there)))[:, None]
     if liars is not None:
         weight = weight * (guilty.sum(axis=0) == liars)
