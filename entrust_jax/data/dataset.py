@@ -13,19 +13,20 @@ from entrust_jax.runtime.logs import write_json
 
 
 def phantom_spec(data: Any) -> phantom.Spec:
-    """The phantom of a config's data section."""
+    """The phantom of a config's data section; `correlated` is there only where a config has correlated readers."""
     p = data.phantom
     return phantom.Spec(
         size=tuple(p.size),
         depth=p.depth,
         modalities=tuple(data.modalities),
         sites=p.sites,
-        prior=p.prior,
+        prior=p.prior if isinstance(p.prior, int | float) else tuple(p.prior),
         reliability=tuple(p.reliability),
         ignorance=tuple(p.ignorance),
         radius=p.radius,
         jitter=p.jitter,
         variant=p.variant,
+        correlated=tuple(p.correlated) if "correlated" in p else None,
     )
 
 

@@ -7,14 +7,21 @@ otherwise, independently given z_j:
 
     logit P(z_j = 1 | images) = logit prior + sum_m s_mj ln(reliability_m / (1 - reliability_m))
 
+Two readers may be correlated: a known table of P(each is correct | z_j) then stands in place of the product of their
+reliabilities. In the variant 'class' modalities disagree on the class of a lesion, not on its presence: z_j in
+{0, 1, 2}; a lesion of class z_j is displayed as its own class with probability reliability_m, else as the other one,
+and a site without a lesion is displayed as none. In all variants P(z_j | images) is prior times likelihood,
+normalised over the values of z_j; what is silent or absent is left out of the likelihood.
+
 The lesion drawn has radius + delta_j, delta_j uniform on `boundary` and shown by no image: ambiguity of the
 boundary, not conflict. P(y_u = k | images) = P(z_j = 1 | images) P(u has class k | delta_j), u in the reach
 of site j; sites are independent, all pixels of one site hang together.
 
 Each site carries a faint anatomical ring in EVERY modality: a site where no reader shows anything is still
 visible, and so is its exact place. Variants: 'binary' (background, lesion; each modality with its polarity,
-gain, bias field and texture) and 'brain' (T1, T1ce, T2, FLAIR; background, NCR, ED, ET; a brain with nested
-lesions).
+gain, bias field and texture), 'class' (the same with lesions of two classes, the second with a core of opposite
+contrast) and 'brain' (T1, T1ce, T2, FLAIR; background, NCR, ED, ET; a brain with nested lesions). The joint law of
+the label map given the images is in phantom_law.
 
 All axes are [D, H, W] = (z, x, y), 1 mm voxels; lengths are in voxels.
 """
@@ -38,12 +45,16 @@ from nibabel.nifti1 import Nifti1Image
 from entrust_jax.data import preprocess
 from entrust_jax.errors import UserError
 
-VARIANTS = ("binary", "brain")
-BINARY_CLASSES = ("background", "lesion")
-BRAIN_CLASSES = ("background", "NCR", "ED", "ET")
+CLASSES = {
+    "binary": ("background", "lesion"),
+    "class": ("background", "lesion1", "lesion2"),
+    "brain": ("background", "NCR", "ED", "ET"),
+}
+VARIANTS = tuple(CLASSES)
 
-# Outer radius of each class as a share of the lesion's radius, from the centre outwards; its class index.
-_LAYERS = {"binary": ((1.0, 1),), "brain": ((0.4, 1), (0.7, 3), (1.0, 2))}
+# Outer radius of each class as a share of the lesion's radius, from the centre outwards; its class index (where lesions
+# have classes, that of the first one).
+_LAYERS = {"binary": ((1.0, 1),), "class": ((1.0, 1),), "brain": ((0.4, 1), (0.7, 3), (1.0, 2))}
 
 # Brain appearance. Contrast of NCR, ED, ET where a reader says "lesion", and of the uniform patch where it
 # says "none".
@@ -63,7 +74,8 @@ _TISSUE = {  # CSF, grey matter, white matter
 
 _GAP = 1.0  # from the widest possible lesion to the middle of its ring
 _RING = 0.5  # contrast of the ring
-_TEXTURE = 0.08  # standard deviation of the binary variant's texture
+_CORE = 0.6  # radius of the core that tells the second class of lesion, as a share of the lesion's
+_TEXTURE = 0.08  # standard deviation of the texture of the variants without a brain
 _WAVES = 24  # plane waves in a smooth random field
 _SCALE = 100.0  # intensity units of a contrast of 1, before the gain
 
@@ -73,9 +85,11 @@ class Spec:
     """What a phantom is made of; hashable, hence usable as a static argument of jit.
 
     size: (H, W); depth: slices D; modalities: names of the readers; sites: number J of candidate sites;
-    prior: P(z_j = 1); reliability, ignorance: one value per reader (rho_m in (.5, 1), mu0_m in [0, 1));
-    radius of a lesion; boundary: values of delta; jitter: largest displacement of a site along each axis;
-    snr: contrast over the standard deviation of noise and texture, at least 5, so that evidence is readable.
+    prior: P(z_j = 1), in the variant 'class' (P(z_j = 1), P(z_j = 2)); reliability, ignorance: one value per
+    reader (rho_m in (.5, 1), mu0_m in [0, 1)); radius of a lesion; boundary: values of delta; jitter: largest
+    displacement of a site along each axis; snr: contrast over the standard deviation of noise and texture, at
+    least 5, so that evidence is readable; correlated: two readers and the probability that both are correct,
+    which with their reliabilities fixes the table of correct_table (None: all readers are independent).
 
     Raises UserError where a value makes no sense or the sites do not fit into the body without touching.
     """
@@ -84,7 +98,7 @@ class Spec:
     depth: int = 1
     modalities: tuple[str, ...] = ("A", "B")
     sites: int = 4
-    prior: float = 0.5
+    prior: float | tuple[float, ...] = 0.5
     reliability: tuple[float, ...] = (0.95, 0.7)
     ignorance: tuple[float, ...] = (0.1, 0.1)
     radius: float = 5.0
@@ -92,13 +106,15 @@ class Spec:
     jitter: float = 1.0
     snr: float = 6.0
     variant: str = "binary"
+    correlated: tuple[str, str, float] | None = None
 
     def __post_init__(self):
-        for field in ("size", "modalities", "reliability", "ignorance", "boundary"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))  # lists are not hashable
+        for field in ("size", "modalities", "reliability", "ignorance", "boundary", "prior", "correlated"):
+            if isinstance(value := getattr(self, field), Iterable):
+                object.__setattr__(self, field, tuple(value))  # lists are not hashable
         count = len(self.modalities)
         if self.variant not in VARIANTS:
-            raise _mistake("variant", f"is {self.variant!r}: choose binary or brain")
+            raise _mistake("variant", f"is {self.variant!r}: choose one of {', '.join(VARIANTS)}")
         if unknown := [m for m in self.modalities if self.variant == "brain" and m not in _TISSUE]:
             raise _mistake("modalities", f"has {unknown[0]!r}: the brain variant knows {', '.join(_TISSUE)}")
         if not len(self.reliability) == len(self.ignorance) == count > 0:
@@ -107,8 +123,13 @@ class Spec:
             raise _mistake("reliability", f"is {self.reliability}: every value must lie between .5 and 1")
         if not all(0 <= q < 1 for q in self.ignorance):
             raise _mistake("ignorance", f"is {self.ignorance}: every value must lie in [0, 1)")
-        if not 0 < self.prior < 1:
-            raise _mistake("prior", f"is {self.prior}: it must lie between 0 and 1")
+        shares = self.prior if isinstance(self.prior, tuple) else (self.prior,)
+        if len(shares) != self.values - 1:
+            raise _mistake("prior", f"is {self.prior}: the variant {self.variant} needs {self.values - 1}")
+        if not (min(shares) > 0 and sum(shares) < 1):
+            raise _mistake("prior", f"is {self.prior}: it must lie between 0 and 1, and so must its sum")
+        if self.correlated is not None:
+            _check_correlated(self)
         if self.snr < 5:
             raise _mistake("snr", f"is {self.snr}: below 5 the evidence is not readable and the posterior not exact")
         if self.sites < 1 or not self.boundary or self.depth < 1:
@@ -121,7 +142,12 @@ class Spec:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, background first."""
-        return BRAIN_CLASSES if self.variant == "brain" else BINARY_CLASSES
+        return CLASSES[self.variant]
+
+    @property
+    def values(self) -> int:
+        """Number of values of z_j: 2 (no lesion, lesion), or 3 where lesions have classes."""
+        return 3 if self.variant == "class" else 2
 
 
 class Scene(NamedTuple):
@@ -135,9 +161,9 @@ class Scene(NamedTuple):
     image: Float[Array, "m d h w"]  # raw intensities, 0 outside the body
     label: Int[Array, "d h w"]
     body: Bool[Array, "d h w"]
-    truth: Bool[Array, " j"]  # z_j
-    evidence: Int[Array, "m j"]  # s_mj: +1 lesion, -1 none, 0 nothing shown
-    posterior: Float[Array, " j"]  # P(z_j = 1 | all images)
+    truth: Bool[Array, " j"] | Int[Array, " j"]  # z_j, an integer where lesions have classes
+    evidence: Int[Array, "m j"]  # s_mj: +1 lesion (1, 2 its class), -1 none, 0 nothing shown
+    posterior: Float[Array, " j"]  # P(z_j > 0 | all images)
     marginal: Float[Array, "d h w k"]  # P(y_u = k | all images)
     conflict: Bool[Array, "d h w"]
     ignorance: Bool[Array, "d h w"]
@@ -145,36 +171,128 @@ class Scene(NamedTuple):
     guilty: Bool[Array, "m j"]  # at conflict sites: the readers that contradict z_j
     site: Int[Array, "d h w"]  # index of the site within whose reach a pixel lies, -1 elsewhere
     distance: Float[Array, "d h w"]  # to the nearest site's centre
+    belief: Float[Array, "j z"]  # P(z_j = z | all images)
 
 
 def _mistake(key: str, what: str) -> UserError:
     return UserError(f"data.phantom.{key} {what}")
 
 
+def _check_correlated(spec: Spec) -> None:
+    value = spec.correlated
+    if value is None or len(value) != 3 or value[0] == value[1] or not {*value[:2]} <= {*spec.modalities}:
+        raise _mistake("correlated", f"is {value}: give two of {', '.join(spec.modalities)} and P(both are correct)")
+    table = correct_table(spec)
+    if table.min() <= 0:
+        first, second = table[0].sum(), table[:, 0].sum()
+        raise _mistake(
+            "correlated",
+            f"is {value}: readers of reliability {first:g} and {second:g} are both correct with a probability between"
+            f" {first + second - 1:g} and {min(first, second):g}",
+        )
+
+
 # --- the law ------------------------------------------------------------------------------------------------
 
 
-def draw_evidence(key: PRNGKeyArray, spec: Spec) -> tuple[Bool[Array, " j"], Int[Array, "m j"]]:
+def correct_table(spec: Spec) -> Float[np.ndarray, "2 2"]:
+    """P(each of the two correlated readers is correct | z_j): rows the first (correct, wrong), columns the second.
+
+    Its margins are the reliabilities, so that one number, P(both are correct), gives all four. Raises ValueError where
+    no readers are correlated.
+    """
+    if spec.correlated is None:
+        raise ValueError("no readers are correlated")
+    both = spec.correlated[2]
+    first, second = (spec.reliability[m] for m in _pair(spec))
+    return np.array([[both, first - both], [second - both, 1 - first - second + both]])
+
+
+def _pair(spec: Spec) -> tuple[int, ...]:
+    """Indices of the two correlated readers, () where there are none."""
+    return tuple(spec.modalities.index(name) for name in spec.correlated[:2]) if spec.correlated else ()
+
+
+def prior(spec: Spec) -> Float[np.ndarray, " z"]:
+    """P(z_j = z) for every value of z_j."""
+    shares = spec.prior if isinstance(spec.prior, tuple) else (spec.prior,)
+    return np.array([1 - sum(shares), *shares])
+
+
+def draw_evidence(key: PRNGKeyArray, spec: Spec) -> tuple[Bool[Array, " j"] | Int[Array, " j"], Int[Array, "m j"]]:
     """(z, s): the truth of every site and what every reader displays there."""
     count = len(spec.modalities)
     draws = jax.random.uniform(key, (1 + 2 * count, spec.sites))
-    truth = draws[0] < spec.prior
     silent = draws[1 : 1 + count] < jnp.asarray(spec.ignorance)[:, None]
     correct = draws[1 + count :] < jnp.asarray(spec.reliability)[:, None]
-    said = jnp.where(correct == truth[None], 1, -1)
+    if pair := _pair(spec):
+        first, second = pair
+        table = correct_table(spec)
+        chance = jnp.where(correct[first], *(table[:, 0] / table.sum(1)))
+        correct = correct.at[second].set(draws[1 + count + second] < chance)
+    if spec.variant == "class":
+        _, one, two = prior(spec)
+        truth = jnp.where(draws[0] < one, 1, jnp.where(draws[0] < one + two, 2, 0)).astype(jnp.int32)
+        said = jnp.where(truth[None] == 0, -1, jnp.where(correct, truth[None], 3 - truth[None]))
+    else:
+        truth = draws[0] < float(prior(spec)[1])
+        said = jnp.where(correct == truth[None], 1, -1)
     return truth, jnp.where(silent, 0, said).astype(jnp.int32)
 
 
+def _reading_laws(spec: Spec) -> tuple[Float[np.ndarray, "m e z"], Float[np.ndarray, "e e z"]]:
+    """P(a reader displays e | z, it displays something), and for the correlated pair the ratio of the joint
+    probability of two displays to their product; e = -1, 0, 1 (2). What is not displayed has probability 1."""
+    called = np.array([-1, *range(1, spec.values)])  # what a correct reader displays for each z
+    display = np.arange(-1, spec.values)[:, None]
+    rho = np.repeat(np.array(spec.reliability)[:, None, None], spec.values, axis=2)
+    right = display == called
+    wrong = (display != 0) & ~right
+    if spec.variant == "class":
+        rho[..., 0] = 1.0  # all see that nothing is there
+        wrong &= display > 0
+    single = np.where(display == 0, 1.0, right * rho + wrong * (1 - rho))
+    ratio = np.ones((len(display), len(display), spec.values))
+    if pair := _pair(spec):
+        table = correct_table(spec)
+        cell = np.where(right, 0, 1)
+        both = (table / np.outer(table.sum(1), table.sum(0)))[cell[:, None], cell[None]]
+        shown = (display != 0)[:, None] & (display != 0)[None]
+        ratio = np.where(shown & np.all(rho[list(pair)] < 1, axis=0), both, 1.0)
+    return single, ratio
+
+
+def log_likelihood(evidence: Int[Array, "m *j"], present: Bool[Array, " m"], spec: Spec) -> Float[Array, "*j z"]:
+    """ln P(what the present modalities display | z_j = z, which of them display something), -inf for what cannot be.
+
+    Whether a reader displays anything does not depend on z_j, so that this is all that bears on it.
+    """
+    single, ratio = _reading_laws(spec)
+    with np.errstate(divide="ignore"):
+        single, ratio = np.log(single), np.log(ratio)
+    row = jnp.where(present.reshape(present.shape + (1,) * (evidence.ndim - 1)), evidence, 0) + 1
+    total = sum(jnp.asarray(law, jnp.float32)[row[m]] for m, law in enumerate(single))
+    if pair := _pair(spec):
+        total = total + jnp.asarray(ratio, jnp.float32)[row[pair[0]], row[pair[1]]]
+    return jnp.asarray(total)
+
+
+def belief(evidence: Int[Array, "m *j"], present: Bool[Array, " m"], spec: Spec) -> Float[Array, "*j z"]:
+    """P(z_j = z | the present modalities), by Bayes' rule; absent and silent readers are summed out."""
+    said = log_likelihood(evidence, present, spec)
+    odds = jnp.asarray(np.log(prior(spec)), jnp.float32).reshape((1,) * (said.ndim - 1) + (-1,))
+    return jax.nn.softmax(odds + said)
+
+
 def posterior(evidence: Int[Array, "m *j"], present: Bool[Array, " m"], spec: Spec) -> Float[Array, "*j"]:
-    """P(z_j = 1 | the present modalities): logit prior + sum of s_mj ln(rho_m / (1 - rho_m)), as a
-    probability."""
-    rho = np.asarray(spec.reliability)
-    weight = jnp.asarray(np.log(rho / (1 - rho)), jnp.float32) * present
-    return jax.nn.sigmoid(math.log(spec.prior / (1 - spec.prior)) + jnp.tensordot(weight, evidence, axes=1))
+    """P(a lesion is there | the present modalities). With independent readers and one class of lesion its logit is
+    logit prior + sum of s_mj ln(rho_m / (1 - rho_m))."""
+    return belief(evidence, present, spec)[..., 1:].sum(-1)
 
 
 def lesion_classes(distance: Float[Array, "*s"], delta: Float[Array, "*s"] | float, spec: Spec) -> Int[Array, "*s"]:
-    """Class index at a distance from the centre of a lesion that is there, 0 beyond radius + delta.
+    """Class index at a distance from the centre of a lesion with z_j = 1, 0 beyond radius + delta; times z_j
+    it is that of any lesion.
 
     Inner layers end at fixed shares of `radius`: delta moves the outer border alone.
     """
@@ -184,32 +302,51 @@ def lesion_classes(distance: Float[Array, "*s"], delta: Float[Array, "*s"] | flo
     return result
 
 
-def occupancy(distance: Float[Array, "*s"], spec: Spec) -> Float[Array, "*s k"]:
-    """P(class k at this distance | the lesion is there): the mean over delta."""
-    layers = [lesion_classes(distance, delta, spec) for delta in spec.boundary]
+def occupancy(distance: Float[Array, "*s"], spec: Spec, truth: int = 1) -> Float[Array, "*s k"]:
+    """P(class k at this distance | z_j = truth): the mean over delta."""
+    layers = [lesion_classes(distance, delta, spec) * truth for delta in spec.boundary]
     return jnp.mean(jnp.stack([jax.nn.one_hot(layer, len(spec.classes)) for layer in layers]), axis=0)
 
 
 def marginal(
-    site: Int[Array, "*s"], distance: Float[Array, "*s"], posterior: Float[Array, " j"], spec: Spec
+    site: Int[Array, "*s"],
+    distance: Float[Array, "*s"],
+    posterior: Float[Array, " j"] | Float[Array, "j z"],
+    spec: Spec,
 ) -> Float[Array, "*s k"]:
-    """P(y_u = k | images) from the sites' posteriors; with posterior(evidence, present) for any subset of
-    modalities."""
-    there = jnp.where(site >= 0, posterior[jnp.maximum(site, 0)], 0.0)[..., None]
+    """P(y_u = k | images) from the sites' P(z_j = 1), or from their P(z_j = z) as belief(evidence, present) gives it
+    for any subset of modalities.
+
+    Raises ValueError for P(z_j = 1) alone where lesions have classes.
+    """
+    if posterior.ndim == 1 and spec.values > 2:
+        raise ValueError("lesions of several classes: give P(z_j = z), of shape [j z]")
+    lesions = posterior[:, None] if posterior.ndim == 1 else posterior[:, 1:]
+    there = jnp.where((site >= 0)[..., None], lesions[jnp.maximum(site, 0)], 0.0)
     nothing = jax.nn.one_hot(jnp.zeros_like(site), len(spec.classes))
-    return there * occupancy(distance, spec) + (1 - there) * nothing
+    result = (1 - there.sum(-1, keepdims=True)) * nothing
+    for z in range(1, spec.values):
+        result = result + there[..., z - 1, None] * occupancy(distance, spec, z)
+    return result
 
 
 def opposed(evidence: Int[Array, "m *j"], present: Bool[Array, " m"]) -> Bool[Array, "*j"]:
-    """Sites where two present readers contradict each other."""
-    shown = evidence * present.reshape(present.shape + (1,) * (evidence.ndim - 1))
-    return jnp.any(shown > 0, axis=0) & jnp.any(shown < 0, axis=0)
+    """Sites where two present readers contradict each other: they display different things."""
+    shown = (evidence != 0) & present.reshape(present.shape + (1,) * (evidence.ndim - 1))
+    limit = jnp.iinfo(evidence.dtype).max
+    highest = jnp.max(jnp.where(shown, evidence, -limit), axis=0)
+    return highest > jnp.min(jnp.where(shown, evidence, limit), axis=0)
 
 
 def silent(evidence: Int[Array, "m *j"], present: Bool[Array, " m"]) -> Bool[Array, "*j"]:
     """Sites where a present reader shows nothing and no two contradict each other."""
     there = present.reshape(present.shape + (1,) * (evidence.ndim - 1))
     return jnp.any((evidence == 0) & there, axis=0) & ~opposed(evidence, present)
+
+
+def wrong(evidence: Int[Array, "m *j"], truth: Bool[Array, "*j"] | Int[Array, "*j"]) -> Bool[Array, "m *j"]:
+    """Readers that display something else than the truth z_j; one that shows nothing is not wrong."""
+    return (evidence != 0) & (evidence != jnp.where(truth == 0, -1, truth)[None])
 
 
 # --- geometry -----------------------------------------------------------------------------------------------
@@ -329,7 +466,11 @@ def _display(evidence: Int[Array, "m j"], site, distance, spec: Spec) -> Float[A
     inside = _soft(spec.radius - distance, 1.0)
     ring = _RING * jnp.exp(-jnp.square((distance - _reach(spec) - _GAP) / 0.7))
     shown = evidence[:, jnp.maximum(site, 0)] * inside[None]
-    if spec.variant == "binary":
+    if spec.variant == "class":
+        # Told by its pattern, not by its strength, which normalisation to unit variance would hide.
+        hollow = inside * (1 - 2 * _soft(_CORE * spec.radius - distance, 1.0))
+        shown = jnp.where(evidence[:, jnp.maximum(site, 0)] == 2, hollow[None], shown)
+    if spec.variant != "brain":
         polarity = jnp.asarray([(-1.0) ** m for m in range(len(spec.modalities))])[:, None, None, None]
         return polarity * (shown + ring[None])
     contrast = []
@@ -352,7 +493,7 @@ def _render(key: PRNGKeyArray, contrast, unit, distance, body, spec: Spec) -> Fl
     count = len(spec.modalities)
     # Few draws, each for all modalities: the random number generator is what takes long to compile.
     fields = jax.random.normal(for_fields, (count, _WAVES + 5, 5))
-    texture = _TEXTURE if spec.variant == "binary" else 0.0
+    texture = 0.0 if spec.variant == "brain" else _TEXTURE
     value = contrast + math.sqrt(1 / spec.snr**2 - texture**2) * jax.random.normal(for_noise, contrast.shape)
     if spec.variant == "brain":
         levels = jnp.asarray([_TISSUE[name] for name in spec.modalities])
@@ -378,7 +519,7 @@ def scene(key: PRNGKeyArray, spec: Spec) -> Scene:
     delta = jnp.asarray(spec.boundary)[jax.random.randint(for_delta, (spec.sites,), 0, len(spec.boundary))]
     label = lesion_classes(distance, delta[nearest], spec) * truth[nearest]
     present = jnp.ones(len(spec.modalities), bool)
-    belief = posterior(evidence, present, spec)
+    beliefs = belief(evidence, present, spec)
     chance = occupancy(distance, spec)
     boundary = jnp.any((chance > 0) & (chance < 1), axis=-1)
     core = (distance <= spec.radius) & ~boundary
@@ -389,14 +530,15 @@ def scene(key: PRNGKeyArray, spec: Spec) -> Scene:
         body=body,
         truth=truth,
         evidence=evidence,
-        posterior=belief,
-        marginal=marginal(site, distance, belief, spec),
+        posterior=beliefs[:, 1:].sum(-1),
+        marginal=marginal(site, distance, beliefs, spec),
         conflict=core & contradicted[nearest],
         ignorance=core & silent(evidence, present)[nearest],
         boundary=boundary,
-        guilty=contradicted[None] & (evidence == jnp.where(truth, -1, 1)[None]),
+        guilty=contradicted[None] & wrong(evidence, truth),
         site=site,
         distance=distance,
+        belief=beliefs,
     )
 
 

@@ -1,7 +1,11 @@
 """The data of a config: whose scan is whose."""
 
-import pytest
+import json
 
+import pytest
+from ml_collections import ConfigDict
+
+import configs.phantom
 from entrust_jax.data import dataset, splits
 from entrust_jax.data.layouts import Case
 from entrust_jax.errors import UserError
@@ -32,3 +36,28 @@ def test_a_pattern_that_does_not_fit_is_one_clear_error(pattern, said):
     with pytest.raises(UserError, match="patient_pattern") as error:
         dataset.name_patients(CASES, pattern)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [
+        ("", {}),
+        ("class_conflict", {"variant": "class", "prior": (0.35, 0.35)}),
+        ("correlated", {"reliability": (0.9, 0.8, 0.8), "correlated": ("B", "C", 0.76)}),
+        ("four_readers", {"reliability": (0.9,) * 4, "modalities": ("A", "B", "C", "D")}),
+    ],
+)
+def test_the_phantom_of_a_config_survives_its_file(variant, expected):
+    """As the trainer writes and reads it: tuples come back as lists."""
+    data = ConfigDict(json.loads(configs.phantom.get_config(variant).to_json())).data
+    spec = dataset.phantom_spec(data)
+    assert {key: getattr(spec, key) for key in expected} == expected
+    assert spec.classes == tuple(data.classes) and len(data.label_map) == len(spec.classes)
+    assert spec == dataset.phantom_spec(configs.phantom.get_config(variant).data) and hash(spec)
+    assert ("correlated" in data.phantom) == (variant == "correlated")  # a folder trained before goes on
+    dataset.check(data)
+
+
+def test_an_unknown_phantom_names_those_there_are():
+    with pytest.raises(UserError, match=r"no variant 'nosuch'.*class_conflict, correlated, four_readers"):
+        configs.phantom.get_config("nosuch")

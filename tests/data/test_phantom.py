@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 
 import jax
@@ -26,6 +27,10 @@ BRAIN = phantom.Spec(
 BOTH = jnp.ones(2, bool)
 SLAB = dataclasses.replace(BRAIN, depth=12, radius=3.5)
 BINARY = phantom.Spec(size=(48, 48), radius=4.0, jitter=0.5)
+CLASS = dataclasses.replace(BINARY, variant="class", prior=(0.4, 0.3), reliability=(0.85, 0.7))
+THREE = phantom.Spec(
+    modalities=("A", "B", "C"), reliability=(0.9, 0.8, 0.7), ignorance=(0.2, 0.1, 0.3), correlated=("C", "A", 0.66)
+)
 LABEL_MAP = ((0, 0), (1, 1), (2, 2), (4, 3))
 
 
@@ -120,7 +125,153 @@ def test_posterior_is_the_frequency_of_the_truth():
     assert abs(np.corrcoef(truth[:, 0], truth[:, 1])[0, 1]) < 0.03
 
 
-@pytest.mark.parametrize("spec", [TWO, BRAIN], ids=["binary", "brain"])
+def joint_law(spec):
+    """P(z, what each reader displays) at one site, {(z, displays): probability}, told as the generator's story."""
+    result = {}
+    odds = (spec.prior,) if isinstance(spec.prior, float) else spec.prior
+    count = len(spec.modalities)
+    first, second, both = spec.correlated or (None, None, None)
+    for z, correct, shows in itertools.product(
+        range(len(odds) + 1),
+        itertools.product((True, False), repeat=count),
+        itertools.product((True, False), repeat=count),
+    ):
+        weight = (1 - sum(odds), *odds)[z]
+        for name, right, rho in zip(spec.modalities, correct, spec.reliability, strict=True):
+            if name not in (first, second):
+                weight *= rho if right else 1 - rho
+        if both is not None:
+            i, j = spec.modalities.index(first), spec.modalities.index(second)
+            alone = spec.reliability[i] - both, spec.reliability[j] - both
+            table = {(1, 1): both, (1, 0): alone[0], (0, 1): alone[1], (0, 0): 1 - both - sum(alone)}
+            weight *= table[correct[i], correct[j]]
+        displays = []
+        for right, shown, silent in zip(correct, shows, spec.ignorance, strict=True):
+            weight *= 1 - silent if shown else silent
+            if spec.variant == "class":
+                said = -1 if z == 0 else z if right else 3 - z
+            else:
+                said = 1 if right == bool(z) else -1
+            displays.append(said if shown else 0)
+        result[z, tuple(displays)] = result.get((z, tuple(displays)), 0.0) + weight
+    assert sum(result.values()) == pytest.approx(1)
+    return result
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        THREE,
+        dataclasses.replace(THREE, prior=(0.2, 0.45), variant="class"),
+        dataclasses.replace(THREE, prior=(0.2, 0.45), variant="class", correlated=None),
+        phantom.Spec(modalities=tuple("ABCD"), reliability=(0.9,) * 4, ignorance=(0.1,) * 4, prior=0.3),
+    ],
+    ids=["correlated", "correlated classes", "classes", "four readers"],
+)
+def test_posterior_of_any_subset_equals_enumeration(spec):
+    """What absent readers would have displayed is summed out of the joint law, silence is seen."""
+    law = joint_law(spec)
+    patterns = sorted({said for _, said in law})
+    for present in itertools.product((True, False), repeat=len(spec.modalities)):
+        got = np.asarray(phantom.belief(jnp.array(patterns).T, jnp.array(present), spec))
+        seen = {said: tuple(s for s, here in zip(said, present, strict=True) if here) for said in patterns}
+        sums = {}
+        for (z, said), weight in law.items():
+            sums.setdefault(seen[said], np.zeros(spec.values))[z] += weight
+        expected = np.array([sums[seen[said]] / sums[seen[said]].sum() for said in patterns])
+        np.testing.assert_allclose(got, expected, atol=2e-6)
+    there = jnp.array(present)
+    np.testing.assert_allclose(phantom.posterior(jnp.array(patterns).T, there, spec), 1 - got[:, 0], atol=2e-6)
+
+
+def test_correlated_readers_count_less_than_independent_ones():
+    """Two readers that mostly err together outvote a third if taken for independent, and do not in truth."""
+    spec = phantom.Spec(
+        modalities=("A", "B", "C"), reliability=(0.9, 0.8, 0.8), ignorance=(0.1,) * 3, correlated=("B", "C", 0.76)
+    )
+    said, present = jnp.array([[1], [-1], [-1]]), jnp.ones(3, bool)
+    np.testing.assert_allclose(phantom.correct_table(spec), [[0.76, 0.04], [0.04, 0.16]], atol=1e-12)
+    assert float(phantom.posterior(said, present, spec)[0]) == pytest.approx(0.9 * 0.16 / (0.9 * 0.16 + 0.1 * 0.76))
+    independent = dataclasses.replace(spec, correlated=None)
+    assert float(phantom.posterior(said, present, independent)[0]) == pytest.approx(0.36, abs=1e-3)
+    product = dataclasses.replace(spec, correlated=("B", "C", 0.64))
+    np.testing.assert_allclose(
+        phantom.posterior(said, present, product), phantom.posterior(said, present, independent), atol=1e-6
+    )
+    one = jnp.array([True, True, False])
+    np.testing.assert_allclose(phantom.posterior(said, one, spec), phantom.posterior(said, one, independent), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spec", [THREE, dataclasses.replace(THREE, prior=(0.2, 0.45), variant="class")], ids=["binary", "class"]
+)
+def test_evidence_is_drawn_from_the_joint_law(spec):
+    draws = 40000
+    truth, evidence = jax.jit(jax.vmap(lambda k: phantom.draw_evidence(k, spec)))(
+        jax.random.split(jax.random.key(2), draws)
+    )
+    law = joint_law(spec)
+    rows = np.concatenate([np.asarray(truth, np.int32)[:, None], np.asarray(evidence)], axis=1)  # [n 1+m j]
+    rows = np.moveaxis(rows, 2, 1).reshape(-1, rows.shape[1])
+    seen, counts = np.unique(rows, axis=0, return_counts=True)
+    for row, count in zip(seen, counts, strict=True):
+        p = law[int(row[0]), tuple(int(v) for v in row[1:])]  # KeyError: what cannot be was drawn
+        assert abs(count / len(rows) - p) < 5 * np.sqrt(p / len(rows)), row
+    assert sum(p for p in law.values() if p > 1e-3) > 0.95
+
+
+def test_class_conflict():
+    """Readers agree that a lesion is there and disagree on its class."""
+    drawn = draw(CLASS)
+    assert drawn.truth.dtype == np.int32 and set(np.unique(drawn.label)) == {0, 1, 2}
+    shown = drawn.evidence != 0
+    assert (drawn.evidence[shown] == -1).tolist() == (
+        np.broadcast_to(drawn.truth[:, None], shown.shape)[shown] == 0
+    ).tolist()
+    opposite = shown.all(1) & (drawn.evidence[:, 0] != drawn.evidence[:, 1])
+    assert opposite.sum() > 50 and (drawn.truth[opposite] > 0).all()
+    np.testing.assert_array_equal(drawn.guilty.any(1), opposite)
+    assert (drawn.guilty.sum(1)[opposite] == 1).all()
+    np.testing.assert_array_equal(drawn.guilty[:, 0][opposite], (drawn.evidence[:, 0] != drawn.truth)[opposite])
+    np.testing.assert_allclose(drawn.posterior[opposite], 1, atol=1e-6)
+    # ours says 1 and theirs 2: P(1) = .4 .85 .3 / (.4 .85 .3 + .3 .15 .7)
+    one = opposite & (drawn.evidence[:, 0] == 1)
+    np.testing.assert_allclose(drawn.belief[one][:, 1], 0.102 / (0.102 + 0.0315), atol=1e-6)
+    assert not (drawn.conflict & drawn.ignorance).any() and not (drawn.conflict & drawn.boundary).any()
+    at_conflict = np.take_along_axis(opposite, np.maximum(drawn.site, 0).reshape(160, -1), 1).reshape(drawn.site.shape)
+    core = (drawn.site >= 0) & (drawn.distance <= CLASS.radius) & ~drawn.boundary
+    np.testing.assert_array_equal(drawn.conflict, core & at_conflict)
+    np.testing.assert_allclose(drawn.marginal.sum(-1), 1, atol=1e-6)
+    assert drawn.boundary.any() and drawn.ignorance.any()
+
+
+def test_one_liar_among_four_readers():
+    spec = phantom.Spec(modalities=tuple("ABCD"), reliability=(0.9,) * 4, ignorance=(0.0,) * 4)
+    said = jnp.array([[1, -1], [1, 1], [-1, 1], [1, 1]])
+    present = jnp.ones(4, bool)
+    np.testing.assert_allclose(phantom.posterior(said, present, spec), 81 / 82, atol=1e-6)
+    np.testing.assert_allclose(phantom.posterior(said, present.at[0].set(False), spec), [0.9, 729 / 730], atol=1e-6)
+    np.testing.assert_array_equal(phantom.opposed(said, present), [True, True])
+    np.testing.assert_array_equal(phantom.opposed(said, present.at[2].set(False)), [False, True])
+    np.testing.assert_array_equal(
+        phantom.wrong(said, jnp.array([True, True])), [[False, True], [False, False], [True, False], [False, False]]
+    )
+
+
+def test_existing_phantoms_stay_as_they_are():
+    """Trained examples rest on these cases: evidence and label to the bit, the image up to rounding."""
+    known = {
+        TWO: ("a7f18d6ca4096600", "bd8a276869debeae", 3654743.17),
+        BRAIN: ("fb08ffb41d9d29b8", "0568f5ccc85c9b6f", 23414879.01),
+    }
+    for spec, (evidence, label, total) in known.items():
+        drawn = draw(spec)
+        for array, digest in ((drawn.evidence, evidence), (drawn.label, label)):
+            assert hashlib.sha256(np.ascontiguousarray(array[:8]).tobytes()).hexdigest()[:16] == digest
+        assert drawn.image[:8].sum(dtype=np.float64) == pytest.approx(total, rel=1e-6)
+
+
+@pytest.mark.parametrize("spec", [TWO, BRAIN, CLASS], ids=["binary", "brain", "class"])
 def test_label_frequencies_equal_the_mean_marginal(spec):
     drawn = draw(spec)
     for k in range(len(spec.classes)):
@@ -147,7 +298,7 @@ def test_masks_and_guilt():
     np.testing.assert_allclose(values[certain], belief[certain], atol=1e-6)
 
 
-@pytest.mark.parametrize("spec", [BINARY, BRAIN], ids=["binary", "brain"])
+@pytest.mark.parametrize("spec", [BINARY, CLASS, BRAIN], ids=["binary", "class", "brain"])
 def test_evidence_is_readable_in_every_modality(spec):
     """From pixels alone: the profile around each site, after removal of gain, names the evidence without a
     mistake."""
@@ -164,7 +315,7 @@ def test_evidence_is_readable_in_every_modality(spec):
             profiles.append(rows)
             said.append(drawn.evidence[i, m, j])
         profiles, said = np.array(profiles), np.array(said)
-        centres = {s: profiles[:120][said[:120] == s].mean(0) for s in (-1, 0, 1)}
+        centres = {s: profiles[:120][said[:120] == s].mean(0) for s in np.unique(said)}
         guess = [min(centres, key=lambda s: np.abs(p - centres[s]).sum()) for p in profiles[120:]]
         np.testing.assert_array_equal(guess, said[120:])
 
@@ -285,6 +436,13 @@ def test_mistakes_are_named(tmp_path):
         ("prior", {"prior": 1.0}),
         ("variant", {"variant": "heart"}),
         ("modalities", {"variant": "brain"}),
+        ("prior", {"variant": "class"}),
+        ("prior", {"prior": (0.3, 0.3)}),
+        ("prior", {"variant": "class", "prior": (0.5, 0.5)}),
+        ("correlated", {"correlated": ("A", "C", 0.7)}),
+        ("correlated", {"correlated": ("A", "A", 0.7)}),
+        ("correlated", {"correlated": ("A", "B", 0.7)}),
+        ("correlated", {"correlated": ("A", "B", 0.6)}),
     ):
         with pytest.raises(UserError, match=f"data.phantom.{key}"):
             dataclasses.replace(phantom.Spec(), **change)
