@@ -156,8 +156,9 @@ def _parse(argv: Sequence[str], required: Sequence[str], words: str) -> list[str
         # ml_collections raises these for an override that does not fit; in the config file they are bugs.
         if config is None or _raised_in(error, file):
             raise
-        message = error.args[0] if error.args else error
-        raise UserError(f"{config}: {_override(argv)}{_one_line(str(message))}") from error
+        # ml_collections quotes its own message once more, line breaks spelt out.
+        message = str(error.args[0] if error.args else error).replace("\\n", "; ").replace("\\'", "").strip("'")
+        raise UserError(f"{config}: {_override(argv, message)}{_one_line(message)}") from error
     except SystemExit:  # absl leaves with 1 after --help, which is no failure
         sys.exit(0)
     if len(rest) > 1 and not words:
@@ -179,9 +180,11 @@ def _config_argument(argv: Sequence[str]) -> str | None:
     return None
 
 
-def _override(argv: Sequence[str]) -> str:
+def _override(argv: Sequence[str], message: str) -> str:
+    """The override that an error is about, `--config.train.bach: `, where that can be told."""
     keys = [argument.split("=", 1)[0] for argument in argv[1:] if re.match(r"--?(no)?config\.", argument)]
-    return f"{keys[0]}: " if len(keys) == 1 else ""
+    meant = keys if len(keys) == 1 else [key for key in keys if key.rsplit(".", 1)[1] in re.findall(r"\w+", message)]
+    return f"{meant[0]}: " if len(meant) == 1 else ""
 
 
 def _raised_in(error: BaseException | None, file: str | None) -> bool:

@@ -86,6 +86,7 @@ def call(tmp_path_factory, repository):
         (["--out=o", "--outt=3"], ["outt", "Did you mean: out"]),
         (["--out=o", "--config=absent.py"], ["absent.py", "no such config file"]),
         (["--out=o", "--config=config.py", "--config.data.patchh=1"], ["data.patchh", '"patch"']),
+        (["--out=o", "--config=config.py", "--config.rate=2", "--config.data.patchh=1"], ["data.patchh: ", '"patch"']),
         (["--out=o", "--config=config.py", "--config.data.patch=many"], ["data.patch", "many"]),
         (["--out=o", "--config=config.py:odd"], ["config.py:odd", "no such variant"]),
     ],

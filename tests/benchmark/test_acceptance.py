@@ -6,19 +6,26 @@ import numpy as np
 import pytest
 
 from entrust_jax.benchmark import acceptance, references
-from entrust_jax.data import phantom
+from entrust_jax.data import phantom, phantom_law
 from entrust_jax.metrics import distribution
 
 SPEC = phantom.Spec(size=(48, 48), sites=3, radius=4.5, reliability=(0.95, 0.7), ignorance=(0.1, 0.1))
 SCENES, HYPOTHESES = 240, 24
 
 
-def expected_distance(scenes, pairs=16):
-    """E d(Y, Y') of each phantom by drawing from its law."""
-    drawn = references.draw(np.random.default_rng(7), scenes, np.asarray(scenes.posterior), SPEC, pairs)
-    return np.array(
-        [distribution.mean_self_distance(distribution.pairwise_distance(y, y, (1,)), "u") for y in drawn]
-    )
+def expected_distance(scenes):
+    """E d(Y, Y') of each phantom's exact law."""
+    rows = zip(np.asarray(scenes.belief), np.asarray(scenes.site), np.asarray(scenes.distance), strict=True)
+    return np.array([phantom_law.mean_distance(phantom_law.exact_law(*row, SPEC)) for row in rows])
+
+
+def test_the_fakes_draw_from_the_exact_law(world):
+    """`references.draw` is there for speed; it must be the law that `phantom_law` knows in closed form."""
+    scenes, _, _, expected = world
+    drawn = references.draw(np.random.default_rng(7), scenes, np.asarray(scenes.posterior), SPEC, 16)
+    found = [distribution.mean_self_distance(distribution.pairwise_distance(y, y, (1,)), "u") for y in drawn]
+    difference = np.array(found) - expected
+    assert abs(difference.mean()) < 4 * difference.std() / np.sqrt(len(difference))
 
 
 @pytest.fixture(scope="module")
