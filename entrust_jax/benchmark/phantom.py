@@ -230,11 +230,11 @@ def fakes(scenes: phantom.Scene, spec: phantom.Spec, hypotheses: int) -> dict[st
 
 
 def flat(found: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of `checks` by one name each: G1.conflict, G3."""
+    """The figures of `checks` by one name each, G1.conflict, G3; NaN where a model left nothing to measure."""
     rows: dict[str, float] = {}
     for name, one in found.items():
         values = one["value"] if isinstance(one["value"], dict) else {"": one["value"]}
-        rows |= {f"{name}.{part}".rstrip("."): float(value) for part, value in values.items()}
+        rows |= {f"{name}.{part}".rstrip("."): np.nan if v is None else float(v) for part, v in values.items()}
     return rows
 
 
@@ -314,7 +314,7 @@ def _text(value: Any) -> str:
         return ", ".join(f"{name} {_text(one)}" for name, one in value.items())
     if isinstance(value, list | tuple):
         return " to ".join(_text(one) for one in value)
-    return f"{value:.3g}"
+    return "–" if value is None or np.isnan(value) else f"{value:.3g}"
 
 
 def draw_blobs(path: Path, name: str, seen: Observation, found: acceptance.Blobs) -> None:

@@ -113,8 +113,8 @@ def test_without_independence_only_that_term_is_gone(config):
 
 
 def test_recycled_masks_know_nothing_of_the_truth():
-    one, two = (np.where(some(B, 4, 4, 2, seed=s) > 0, 0.2, -0.2).astype(np.float32) for s in (1, 2))
-    eps, level = some(B, 4, 4, 2, seed=3), np.float32([0.0, 6.0])
+    one, two = (jnp.where(some(B, 4, 4, 2, seed=s) > 0, 0.2, -0.2) for s in (1, 2))
+    eps, level = jnp.asarray(some(B, 4, 4, 2, seed=3)), jnp.array([0.0, 6.0])
 
     def denoise(x, log_snr):
         assert np.all(np.asarray(log_snr) == -12)
@@ -127,11 +127,11 @@ def test_recycled_masks_know_nothing_of_the_truth():
 
 
 def test_dice_is_added_to_the_cross_entropy():
-    logits, label = 50 * np.float32([[[[1, 0], [0, 1]]]]), np.int32([[[0, 1]]])
-    weight = np.float32([[[1, 4]]])
-    assert suite.with_dice(jnp.asarray(logits), label, weight)[0] == pytest.approx(0, abs=1e-5)
-    wrong = suite.with_dice(jnp.asarray(-0.02 * logits), label, weight)[0]
-    assert wrong > entrust.weighted_ce(jnp.asarray(-0.02 * logits), label, weight)[0] + 0.1
+    logits, label = 50 * jnp.array([[[[1.0, 0.0], [0.0, 1.0]]]]), jnp.array([[[0, 1]]])
+    weight = jnp.array([[[1.0, 4.0]]])
+    assert suite.with_dice(logits, label, weight)[0] == pytest.approx(0, abs=1e-5)
+    wrong = suite.with_dice(-0.02 * logits, label, weight)[0]
+    assert wrong > entrust.weighted_ce(-0.02 * logits, label, weight)[0] + 0.1
 
 
 def test_a_run_goes_from_training_to_table_and_repeats_nothing(config, tmp_path):
