@@ -5,8 +5,8 @@
 
 TCGA-LGG scans with the masks of Buda et al. 2019 (research use only). Train on one hospital, test on the other:
 --config.data.split.test_pattern=LGG_CS. Time: 15 minutes of training planned on two idle CPU cores, 22 measured beside
-other work, calibration included. Score: Dice .75 on a patient fold (13 patients), .64 across hospitals (16 patients), one
-seed each (README); the :gpu setting was not run here.
+other work, calibration included. Score, one seed: Dice .75 on a patient fold (13 patients), .64 across hospitals
+(16 patients); the :gpu setting was not run here.
 """
 
 from typing import Any
