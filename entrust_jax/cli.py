@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -94,20 +93,13 @@ def _has_accelerator() -> bool:
 
 def check_place(path: Path, flag: str) -> None:
     """Raises UserError where `path`, a folder to be made or used, is impossible: hours later would be too late."""
-    if path.is_dir():
-        if not os.access(path, os.W_OK):
-            raise UserError(f"{flag}={path}: you may not write there; name another folder")
-        return
-    if path.exists():
+    if path.exists() and not path.is_dir():
         raise UserError(f"{flag}={path}: is a file; name a folder")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
+    above = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     if not above.is_dir():
         raise UserError(f"{flag}={path}: {above} is a file; name another folder")
-    try:
-        with tempfile.TemporaryDirectory(dir=above, prefix=".entrust-"):
-            pass
-    except OSError as error:
-        raise UserError(f"{flag}={path}: cannot be made ({error.strerror}); name another folder") from None
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{flag}={path}: you may not write in {above}; name another folder")
 
 
 def run(main: Callable[[list[str]], Any], required: Sequence[str] = (), *, words: str = "") -> None:

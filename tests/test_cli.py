@@ -135,9 +135,12 @@ def test_a_place_that_can_be_made_passes_and_stays_as_it_is(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
-@pytest.mark.parametrize("name", ["file", "file/x", "/proc/nothing/x"])
-def test_an_impossible_place_is_named_before_the_work(tmp_path, name):
+@pytest.mark.parametrize("name", ["file", "file/x", "closed", "closed/deep/x"])
+def test_an_impossible_place_is_named_before_the_work(tmp_path, name, monkeypatch):
     (tmp_path / "file").write_text("")
+    (tmp_path / "closed").mkdir()
+    access = os.access  # a superuser may write anywhere, so permissions are made up
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "closed" and access(path, mode))
     with pytest.raises(UserError, match="--workdir=") as error:
         cli.check_place(tmp_path / name, "--workdir")
     assert "name" in str(error.value)

@@ -340,7 +340,7 @@ for module, *arguments in json.load(open(sys.argv[1])):
             sys.argv = [module, *arguments]
             entry = importlib.import_module("entrust_jax." + module)
             entry.define_flags()
-            cli.run(entry.main, required=required[module])
+            cli.run(entry.main, required=required[module], words="files" if module == "predict" else "")
         except SystemExit as left:
             code = left.code
         except BaseException:
