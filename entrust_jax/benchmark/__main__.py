@@ -2,7 +2,7 @@
 python -m entrust_jax.benchmark --suite=latency --config=configs/glioma.py
 
 phantom: trains EnTrust and its ablations on the phantom and holds them against the exact posterior. Finished trainings
-in O/runs are not repeated. --quick: one seed, the reference alone, small images: ten minutes on two cores.
+in O/runs are not repeated. --quick: one seed, the reference alone, small images (not timed yet).
 latency: seconds of one slice with all its hypotheses and probes, beside U-Net passes.
 """
 
