@@ -33,21 +33,21 @@ def get_config(arg: str = "") -> Any:
         reference="A",
         classes=("background", "lesion"),
         label_map=((0, 0), (1, 1)),
-        patch=(48, 48),
+        patch=(32, 32),
         augment=False,
     )
     config.data.regions = ConfigDict({"lesion": (1,)})
     config.data.phantom = ConfigDict(
         {
             "cases": (4096, 128, 64, 128),
-            "size": (48, 48),
+            "size": (32, 32),
             "depth": 1,
-            "sites": 3,
+            "sites": 2,
             "prior": 0.5,
             "reliability": (0.95, 0.7),
             "ignorance": (0.1, 0.1),
-            "radius": 4.5,
-            "jitter": 1.0,
+            "radius": 4.0,
+            "jitter": 0.5,
             "variant": "binary",
         }
     )
@@ -63,8 +63,8 @@ def get_config(arg: str = "") -> Any:
     elif arg == "four_readers":
         config.data.modalities = ("A", "B", "C", "D")
         config.data.phantom.update(reliability=(0.9,) * 4, ignorance=(0.1,) * 4)
-    config.model.update(widths=(16, 32, 32), space_to_depth=1)
+    config.model.update(widths=(16, 32, 32))
     config.unet.widths = (16, 32, 32)
     config.diffusion.update(b=0.21, lambda_max=6.0)
-    config.train.update(batch=32, enfuse_steps=400, segdiff_steps=1500, unet_steps=1900, draws=1, val_slices=128)
+    config.train.update(batch=32, enfuse_steps=400, segdiff_steps=1600, unet_steps=2000, val_slices=128)
     return config.lock()

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, no_type_check
+from typing import Any, ClassVar, no_type_check
 
 import flax.linen as nn
 import flax.struct
@@ -53,11 +53,13 @@ class EnTrust(nn.Module):
     head_dropout: float
     b: float
 
+    fusion_module: ClassVar[type[Fusion]] = Fusion
+
     def setup(self) -> None:
         self.encoder = Encoder(
             self.modalities, self.classes, self.widths, self.d_c, self.d_u, 32, self.factor, self.head_dropout
         )
-        self.fusion = Fusion(self.d_c, self.factor)
+        self.fusion = self.fusion_module(self.d_c, self.factor)
         self.auxiliary = Auxiliary(self.classes, self.factor)
         self.projection = Projection(self.widths, 64)
         self.denoiser = Denoiser(self.classes, self.widths, self.b, self.factor)
@@ -278,14 +280,23 @@ def _reconstruction(
     return jnp.sum(w * jnp.abs(redrawn - target)) / jnp.maximum(jnp.sum(w), 1.0)
 
 
-def enfuse_loss(model: EnTrust, params: Params, batch: Batch, key: Array, progress: Array) -> tuple[Array, dict]:
-    """Stage 1: L_fuse with L_pi. `progress` in [0, 1] closes the conflict gate's rho and ramps independence in."""
+def enfuse_loss(
+    model: EnTrust,
+    params: Params,
+    batch: Batch,
+    key: Array,
+    progress: Array,
+    *,
+    dropout: Callable = enfuse_objective.availability_dropout,
+) -> tuple[Array, dict]:
+    """Stage 1: L_fuse with L_pi. `progress` in [0, 1] closes the conflict gate's rho and ramps independence in.
+
+    `dropout` is there for the phantom suite's ablation.
+    """
     k_drop, k_head, k_cross = jax.random.split(key, 3)
     b, _, *space = batch["image"].shape
     no_null = jnp.zeros((b,), bool)
-    availability, conflict_scale = enfuse_objective.availability_dropout(
-        k_drop, batch["present"], tuple(space), no_null
-    )
+    availability, conflict_scale = dropout(k_drop, batch["present"], tuple(space), no_null)
     rho = jnp.maximum(0.0, 1 - progress / RHO_SHARE)
     _, terms, figures = apply(
         model,
@@ -326,17 +337,18 @@ def segdiff_loss(
     draws: int,
     noisy: Callable = noisy_truth,
     score: Callable = weighted_ce,
+    dropout: Callable = enfuse_objective.availability_dropout,
 ) -> tuple[Array, dict]:
     """Stage 2a: L_diff + .3 L_fuse (the prior is frozen by now). `draws` noise levels are trained per encoded case.
 
-    `noisy` and `score` are there for the ablations of the phantom suite, which show what other choices cost.
+    `noisy`, `score` and `dropout` are there for the ablations of the phantom suite, which show what other choices cost.
     """
     k_drop, k_null, k_head, k_cross, k_u, k_terminal, k_eps = jax.random.split(key, 7)
     b, _, *space = batch["image"].shape
     terminal = segdiff_objective.terminal_slots(k_terminal, b * draws)
     # The null condition is drawn jointly with pure noise: there the attribution will ask for it.
     null = jax.random.bernoulli(k_null, NULL_SHARE, (b,))
-    availability, conflict_scale = enfuse_objective.availability_dropout(k_drop, batch["present"], tuple(space), null)
+    availability, conflict_scale = dropout(k_drop, batch["present"], tuple(space), null)
     terminal = terminal | jnp.repeat(null, draws)
     condition, terms, figures = apply(
         model,

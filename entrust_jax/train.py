@@ -181,8 +181,8 @@ def plan_stages(config: Any, network: Any) -> list[Stage]:
     return [first, second]
 
 
-def _enfuse_loss(network: Any, params: Any, batch: Batch, key: Array, step: Array, *, steps: int):
-    return entrust.enfuse_loss(network, params, batch, key, step / max(steps, 1))
+def _enfuse_loss(network: Any, params: Any, batch: Batch, key: Array, step: Array, *, steps: int, **options: Any):
+    return entrust.enfuse_loss(network, params, batch, key, step / max(steps, 1), **options)
 
 
 def _segdiff_loss(network: Any, params: Any, batch: Batch, key: Array, step: Array, **options: Any):
@@ -626,6 +626,24 @@ def calibrate(
     if (workdir / "calibration.json").exists():
         return
     began = time.perf_counter()
+    data = calibration_set(config, network, params, tau, volumes, devices)
+    found = calibration.select(data, jax.random.key(config.seed), config.train.head_steps)
+    logs.write_bytes(workdir / "calibration.npz", _npz(found["params"]))
+    table = found["table"]
+    logs.write_json(
+        workdir / "calibration.json",
+        {"tau": tau, "chosen": found["chosen"], "table": table, "note": found["note"], "patients": found["patients"]},
+    )
+    print(f"calibration: {found['patients']} patients, {time.perf_counter() - began:.0f} s; {found['note']}")
+    for name, row in table.items():
+        mark = " <- chosen" if name == found["chosen"] else ""
+        print(f"  {name:18s} NLL {row['nll']:.5f}{mark}")
+
+
+def calibration_set(
+    config: Any, network: Any, params: Any, tau: float, volumes: list[Volume], devices: Any
+) -> calibration.CalibrationSet:
+    """What the frozen network says of the calibration patients, with what is true."""
     slices = []
     patients = sorted({volume.patient for volume in volumes})
     with logs.progress("calibration", len(volumes)) as show:
@@ -633,18 +651,7 @@ def calibrate(
             raw = api.examine_with(config, network, params, devices, tau, volume, config.train.calibration_slices)
             slices.append(calibration_slices(raw, volume, patients.index(volume.patient), config.seed))
             show(i + 1)
-    data = join(slices)
-    found = calibration.select(data, jax.random.key(config.seed), config.train.head_steps)
-    logs.write_bytes(workdir / "calibration.npz", _npz(found["params"]))
-    table = found["table"]
-    logs.write_json(
-        workdir / "calibration.json",
-        {"tau": tau, "chosen": found["chosen"], "table": table, "note": found["note"], "patients": len(patients)},
-    )
-    print(f"calibration: {len(patients)} patients, {time.perf_counter() - began:.0f} s; {found['note']}")
-    for name, row in table.items():
-        mark = " <- chosen" if name == found["chosen"] else ""
-        print(f"  {name:18s} NLL {row['nll']:.5f}{mark}")
+    return join(slices)
 
 
 def join(parts: Sequence[calibration.CalibrationSet]) -> calibration.CalibrationSet:

@@ -1,136 +1,83 @@
 """The phantom suite: trains the reference and its ablations and holds them against the exact posterior.
 
-What each check asks is in `acceptance`; the models that are known to be right or wrong are in `references`.
+What each check asks is in `acceptance`; the models that are known to be right or wrong are in `references`; what an
+ablation changes in `ablations`; what the parts of a model carry in `disentanglement`.
 """
 
 import dataclasses
 import functools
+import io
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from entrust_jax import api, inference, train
 from entrust_jax import model as entrust
-from entrust_jax.baselines.unet import soft_dice
-from entrust_jax.benchmark import acceptance, references
+from entrust_jax.benchmark import acceptance, disentanglement, references
+from entrust_jax.benchmark.ablations import ABLATIONS, REFERENCE, Ablation
 from entrust_jax.benchmark.acceptance import Observation
 from entrust_jax.data import dataset, phantom, phantom_law, pipeline
 from entrust_jax.data.preprocess import Volume
-from entrust_jax.enfuse.encoder import Evidence
 from entrust_jax.report import curves
 from entrust_jax.runtime import logs
-from entrust_jax.segdiff import schedule
-from entrust_jax.trustmap import case
+from entrust_jax.trustmap import calibration, case
 
 HYPOTHESES = 24
 SLICES = 32  # phantoms in one compiled call
 FIRST = 100_000  # the number of the first test phantom; no training sees one so large
+STEPS = (1, 2, 4, 8, 16)  # of the curves of diversity
+STEPPED = (REFERENCE, "A10 b = 1, four steps", "A10 b = .07")  # models whose curves are drawn
+OPENED = (REFERENCE, "A4 no independence")  # models whose parts are looked into
 
 
-class MeanFusion(entrust.EnTrust):
-    """Every modality that is there counts the same: no learned reliability."""
-
-    def encode(self, *args: Any, **options: Any) -> Evidence:
-        evidence = super().encode(*args, **options)
-        return dataclasses.replace(evidence, reliability=tuple(0 * r for r in evidence.reliability))
-
-
-class NoConflictFeatures(entrust.EnTrust):
-    """F_cf is zero: the denoiser must find conflict in F_c and F_u by itself."""
-
-    def fuse(self, evidence: Evidence, availability: Array, **options: Any) -> entrust.Condition:
-        nothing = jnp.zeros(availability.shape[:1])
-        return super().fuse(evidence, availability, **(options | {"conflict_scale": nothing}))
-
-
-class NoIndependence(entrust.EnTrust):
-    """Without the cross-covariance objective."""
-
-    def fuse_terms(self, *args: Any, **options: Any) -> Any:
-        condition, terms, figures = super().fuse_terms(*args, **options)
-        return condition, terms | {"xcov": 0 * terms["xcov"]}, figures
-
-
-class GlobalPrior(entrust.EnTrust):
-    """The class frequency of the whole body in place of the positional base rate pi(u)."""
-
-    def encode(self, *args: Any, **options: Any) -> Evidence:
-        evidence = super().encode(*args, **options)
-        space = tuple(range(1, evidence.body.ndim))
-        inside = evidence.body[..., None]
-        rate = jnp.sum(inside * jax.nn.softmax(evidence.prior_logits, axis=-1), axis=space, keepdims=True)
-        rate = rate / jnp.maximum(jnp.sum(inside, axis=space, keepdims=True), 1.0)
-        return dataclasses.replace(evidence, prior_logits=jnp.broadcast_to(jnp.log(rate), evidence.prior_logits.shape))
-
-
-def recycled(
-    denoise: Callable[[Array, Array], Array], x0: Float[Array, "b *s k"], log_snr: Float[Array, " b"], eps: Array
-) -> Float[Array, "b *s k"]:
-    """x_t from the model's own one-step prediction instead of the truth (Fu et al. 2023, arXiv 2303.06040)."""
-    lowest = jnp.full_like(log_snr, -12.0)
-    own = jax.lax.stop_gradient(jax.nn.softmax(denoise(eps, lowest), axis=-1))
-    size = jnp.max(jnp.abs(x0))
-    return schedule.diffuse(size * (2 * own - 1), log_snr, jnp.roll(eps, 1, axis=0))
-
-
-def with_dice(logits: Array, label: Array, weight: Array) -> Float[Array, " b"]:
-    """Cross-entropy plus soft Dice: nnU-Net's habit, which is no proper score."""
-    return entrust.weighted_ce(logits, label, weight) + soft_dice(logits, label, (weight > 0).astype(jnp.float32))
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One training: what differs from the reference, and what theory says of it."""
-
-    expected: str
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    network: type[entrust.EnTrust] = entrust.EnTrust
-    loss: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
-
-
-REFERENCE = "reference"
-VARIANTS: Mapping[str, Variant] = {
-    REFERENCE: Variant("every check passes"),
-    "A0 mean fusion": Variant("may lose in conflict; reported either way", network=MeanFusion),
-    "A1 recycling": Variant("no diversity at all", loss={"noisy": recycled}),
-    "A2 cross-entropy and Dice": Variant("too sure in conflict", loss={"score": with_dice}),
-    "A3 no conflict features": Variant("reported either way", network=NoConflictFeatures),
-    "A4 no independence": Variant("parts depend on each other; accuracy reported", network=NoIndependence),
-    "A10 b = 1, four steps": Variant("hypotheses too sure", config={"diffusion.b": 1.0, "diffusion.steps": 4}),
-    "A12 global prior": Variant("conflict map fails", network=GlobalPrior),
-}
-
-
-def variant_config(config: Any, variant: Variant, name: str, seed: int) -> Any:
+def own_config(config: Any, ablation: Ablation, name: str, seed: int) -> Any:
     """The config of one training."""
     own = config.copy_and_resolve_references()
-    own.update_from_flattened_dict(dict(variant.config))
+    own.update_from_flattened_dict(dict(ablation.config))
     own.name, own.seed = name, seed
     return own.lock()
 
 
-def variant_network(config: Any, variant: Variant) -> entrust.EnTrust:
-    """The config's network as the variant's class: equal parameters, another way through them."""
+def own_network(config: Any, ablation: Ablation) -> entrust.EnTrust:
+    """The config's network as the ablation's class: equal parameters, another way through them."""
     network = api.network_of(config)
     fields = {f.name: getattr(network, f.name) for f in dataclasses.fields(network) if f.name not in ("parent", "name")}
-    return variant.network(**fields)
+    return ablation.network(**fields)
 
 
-def trained(config: Any, variant: Variant, workdir: Path) -> api.Trained:
-    """The variant's model, trained into `workdir` unless it is there already."""
-    network = variant_network(config, variant)
+def trained(config: Any, ablation: Ablation, workdir: Path) -> api.Trained:
+    """The ablation's model, trained into `workdir` unless it is there already."""
+    network = own_network(config, ablation)
     train.check(workdir, config)
     if not (workdir / "calibration.json").exists():
-        stages = train.plan_stages(config, network)
-        stages[-1] = dataclasses.replace(stages[-1], loss=functools.partial(stages[-1].loss, **variant.loss))
+        stages = [
+            dataclasses.replace(stage, loss=functools.partial(stage.loss, **ablation.loss.get(stage.name, {})))
+            for stage in train.plan_stages(config, network)
+        ]
         train.run(config, workdir, network, stages)
     return dataclasses.replace(api.load(workdir), network=network)
+
+
+def borrowed(ablation: Ablation, workdir: Path) -> api.Trained:
+    """A model trained as another one, used as the ablation says."""
+    model = api.load(workdir)
+    model = dataclasses.replace(model, network=own_network(model.config, ablation))
+    if not ablation.inputs:
+        return model
+    config, network = model.config, model.network
+    cases, _ = dataset.read(config.data, model.splits["calibration"], config.seed)
+    data = train.calibration_set(config, network, model.params, model.tau, cases, model.mesh)
+    raw = api.examine_with(config, network, model.params, model.mesh, model.tau, cases[0])
+    _, names = calibration.features(raw, raw["label"], cases[0].present)
+    # An input that never varies is switched off when the head is fitted.
+    data = dataclasses.replace(data, features=np.float32(data.features * np.isin(names, ablation.inputs)))
+    head = calibration.fit("head", data, jax.random.key(config.seed), config.train.head_steps)
+    return dataclasses.replace(model, rung="head", calibration=head)
 
 
 def without(volume: Volume, modality: int) -> Volume:
@@ -140,16 +87,20 @@ def without(volume: Volume, modality: int) -> Volume:
     return dataclasses.replace(volume, present=present, image=image)
 
 
+def chunks(model: api.Trained, volumes: list[Volume]) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of one compiled shape that hold phantoms of one slice each, the last filled up."""
+    size = -(-SLICES // model.mesh.size) * model.mesh.size
+    slices = [pipeline.evaluation_slices(volume, multiple=api.multiple(model.config)) for volume in volumes]
+    return pipeline.chunks({name: np.concatenate([one[name] for one in slices]) for name in slices[0]}, size)
+
+
 def observe(model: api.Trained, volumes: list[Volume], hypotheses: int) -> Observation:
-    """What a trained model says of phantoms of one slice each, `SLICES` of them per compiled call."""
+    """What a trained model says of phantoms of one slice each."""
     config = model.config
     static = {"model": model.network, "sampler": inference.sampler_of(config), "mesh": model.mesh}
     key = jax.random.key(config.seed)
-    size = -(-SLICES // model.mesh.size) * model.mesh.size
-    slices = [pipeline.evaluation_slices(volume, multiple=api.multiple(config)) for volume in volumes]
-    batch = {name: np.concatenate([one[name] for one in slices]) for name in slices[0]}
     parts = []
-    for piece in pipeline.chunks(batch, size):
+    for piece in chunks(model, volumes):
         evidence, maps = inference.look(model.params, piece, key, **static)
         drawn, members = inference.draw(model.params, evidence, piece, key, hypotheses=hypotheses, **static)
         members = np.asarray(members)
@@ -187,7 +138,28 @@ def observe(model: api.Trained, volumes: list[Volume], hypotheses: int) -> Obser
     )
 
 
-def checks(seen: Observation, alone: Observation, scenes: phantom.Scene, spec: phantom.Spec) -> dict[str, Any]:
+def by_steps(model: api.Trained, volumes: list[Volume], scenes: phantom.Scene, spec: phantom.Spec) -> dict[str, Any]:
+    """Diversity and coherence of hypotheses drawn in few and in many steps, by the number of steps."""
+    found, key = {}, jax.random.key(model.config.seed)
+    blobs = acceptance.blobs(scenes, spec)
+    h, w = volumes[0].body.shape[1:]
+    for steps in STEPS:
+        sampler = dataclasses.replace(inference.sampler_of(model.config), steps=steps)
+        static = {"model": model.network, "sampler": sampler, "mesh": model.mesh}
+        members = []
+        for piece in chunks(model, volumes):
+            evidence, _ = inference.look(model.params, piece, key, **static)
+            _, own = inference.draw(model.params, evidence, piece, key, hypotheses=HYPOTHESES, **static)
+            members.append(np.asarray(own)[:, :, :h, :w])
+        hypotheses = np.concatenate(members)[: len(volumes)]
+        found[str(steps)] = {
+            "diversity": acceptance.diversity(hypotheses, scenes),
+            "coherence": acceptance.coherence(hypotheses, blobs),
+        }
+    return found
+
+
+def checks(seen: Observation, alone: acceptance.Alone, scenes: phantom.Scene, spec: phantom.Spec) -> dict[str, Any]:
     """Every acceptance check of one model: what it says with all modalities, and without the second one."""
     found = acceptance.blobs(scenes, spec)
     rows = zip(np.asarray(scenes.belief), np.asarray(scenes.site), np.asarray(scenes.distance), strict=True)
@@ -215,7 +187,7 @@ def fakes(scenes: phantom.Scene, spec: phantom.Spec, hypotheses: int) -> dict[st
     seen = references.exact(scenes, spec, hypotheses, 0)
     found = acceptance.blobs(scenes, spec)
     single = references.marginals(scenes, references.readers(scenes, spec)[:, 1], spec)
-    alone = seen._replace(one_step=single, kappa=0 * seen.kappa)
+    alone = acceptance.Alone(single, 0 * seen.kappa)
     made = {
         "none (the exact observer)": seen,
         "temperature by conflict": references.hot_in_conflict(seen, scenes, spec, found, 1),
@@ -264,8 +236,8 @@ def summarise(runs: Mapping[str, list[dict[str, Any]]], fake: Mapping[str, list[
     for name, own in rows.items():
         if name != REFERENCE:
             ablations[name] = {
-                "expected": VARIANTS[name].expected,
-                "fails": [check for check, passed in own_checks(runs[name]).items() if not passed],
+                "expected": ABLATIONS[name].expected,
+                "fails": [check for check, passed in passes(runs[name]).items() if not passed],
                 "figures": {
                     key: {
                         "value": means[name][key],
@@ -279,29 +251,53 @@ def summarise(runs: Mapping[str, list[dict[str, Any]]], fake: Mapping[str, list[
     return {"checks": done, "fakes": dict(fake), "ablations": ablations}
 
 
-def own_checks(seeds: list[dict[str, Any]]) -> dict[str, bool]:
+def passes(seeds: list[dict[str, Any]]) -> dict[str, bool]:
     """Which checks pass on every seed."""
     return {check: all(found[check]["pass"] for found in seeds) for check in seeds[0]}
 
 
 def table(summary: Mapping[str, Any]) -> str:
     """phantom.md: what was found, in the order in which a reader asks."""
-    head = "| check | value, mean over seeds | threshold | passes | what it is |"
-    lines = ["# Phantom suite", "", head, "|" + " --- |" * 5]
-    for check, one in summary["checks"].items():
-        passed = "yes" if one["pass"] else "**no**"
-        cells = [check, _text(one["value"]), _text(one["threshold"]), passed, acceptance.QUESTIONS[check]]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| planted fake | fails |", "| --- | --- |"]
-    lines += [f"| {name} | {', '.join(failed) or 'none'} |" for name, failed in summary["fakes"].items()]
+    head = ["check", "value, mean over seeds", "threshold", "passes", "what it is"]
+    rows = [
+        [
+            check,
+            _text(one["value"]),
+            _text(one["threshold"]),
+            "yes" if one["pass"] else "**no**",
+            acceptance.QUESTIONS[check],
+        ]
+        for check, one in summary["checks"].items()
+    ]
+    lines = ["# Phantom suite", "", *_rows(head, rows)]
+    fakes_ = [[name, ", ".join(failed) or "none"] for name, failed in summary["fakes"].items()]
+    lines += ["", *_rows(["planted fake", "fails"], fakes_)]
     if summary["ablations"]:
-        keys = list(next(iter(summary["ablations"].values()))["figures"])
-        lines += ["", "| ablation (theory) | fails | " + " | ".join(keys) + " |", "|" + " --- |" * (len(keys) + 2)]
-        for name, one in summary["ablations"].items():
-            cells = [_cell(one["figures"][key]) for key in keys]
-            row = [f"{name} ({one['expected']})", ", ".join(one["fails"]) or "none", *cells]
-            lines.append("| " + " | ".join(row) + " |")
+        names = list(summary["ablations"])
+        lines += ["", "Ablations: value ± spread over seeds (difference to the reference, number of seeds).", ""]
+        keys = list(summary["ablations"][names[0]]["figures"])
+        rows = [["theory", *(summary["ablations"][name]["expected"] for name in names)]]
+        rows += [["fails", *(", ".join(summary["ablations"][name]["fails"]) or "none" for name in names)]]
+        rows += [[key, *(_cell(summary["ablations"][name]["figures"][key]) for name in names)] for key in keys]
+        lines += _rows(["", *names], rows)
+    if summary["steps"]:
+        rows = [
+            [name, *(f"{one['diversity']:.2f} ({one['coherence']:.2f})" for one in own.values())]
+            for name, own in summary["steps"].items()
+        ]
+        lines += ["", "Diversity over its analytic value, in brackets coherence, by the sampler's steps.", ""]
+        lines += _rows(["", *(str(steps) for steps in STEPS)], rows)
+    if summary["parts"]:
+        names = list(summary["parts"])
+        rows = [[key, *(f"{summary['parts'][name][key]:.3g}" for name in names)] for key in summary["parts"][names[0]]]
+        lines += ["", "What the parts carry (R2: squared correlation less its value under independence).", ""]
+        lines += _rows(["", *names], rows)
     return "\n".join(lines) + "\n"
+
+
+def _rows(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]]
 
 
 def _cell(figure: Mapping[str, Any]) -> str:
@@ -317,38 +313,120 @@ def _text(value: Any) -> str:
     return "–" if value is None or np.isnan(value) else f"{value:.3g}"
 
 
-def draw_blobs(path: Path, name: str, seen: Observation, found: acceptance.Blobs) -> None:
-    """One-step belief in every blob, and the share of hypotheses that show it, against the analytic posterior."""
+def short(name: str) -> str:
+    """A variant's name as a folder's."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", name)
+
+
+def examine(config: Any, ablation: Ablation, model: api.Trained, seed: int, cases: int, folder: Path) -> None:
+    """Writes what a model says of the test phantoms, with both modalities and without the second, into `folder`."""
+    spec = dataset.phantom_spec(config.data)
+    volumes = phantom.volumes(spec, range(FIRST, FIRST + cases), seed)
+    with ablation.drawing():
+        seen = observe(model, volumes, HYPOTHESES)
+    alone = observe(model, [without(volume, 1) for volume in volumes], 2)
+    save(folder / "alone.npz", acceptance.Alone(alone.one_step, alone.kappa))
+    save(folder / "seen.npz", seen)
+
+
+def save(path: Path, maps: Observation | acceptance.Alone) -> None:
+    """Maps as a compressed file, written beside and renamed."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **maps._asdict())  # type: ignore[arg-type]
+    logs.write_bytes(path, buffer.getvalue())
+
+
+def judge(config: Any, seed: int, folder: Path) -> dict[str, Any]:
+    """The checks of a model that `examine` has written down."""
+    spec = dataset.phantom_spec(config.data)
+    seen, alone = Observation(**np.load(folder / "seen.npz")), acceptance.Alone(**np.load(folder / "alone.npz"))
+    scenes = phantom.scenes(spec, range(FIRST, FIRST + len(seen.label)), seed)
+    return checks(seen, alone, scenes, spec)
+
+
+def run(config: Any, output: Path, names: list[str], seeds: int, cases: int) -> dict[str, Any]:
+    """Trains, examines and judges every variant on every seed, an open question on one.
+
+    What is finished in `output`/runs is not repeated.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    curve: dict[str, list[dict[str, Any]]] = {}
+    parts: dict[str, list[dict[str, float]]] = {}
+    for seed in range(seeds):
+        for name in [n for n in names if seed == 0 or not ABLATIONS[n].question]:
+            ablation, workdir = ABLATIONS[name], output / "runs" / f"{short(name)}_{seed}"
+            own = own_config(config, ablation, f"phantom_{short(name)}", seed)
+            wanted = {"seen.npz"} | ({"steps.json"} if name in STEPPED else set())
+            wanted |= {"parts.json"} if name in OPENED else set()
+            if missing := {file for file in wanted if not (workdir / file).exists()}:
+                if ablation.of:
+                    workdir.mkdir(parents=True, exist_ok=True)
+                    model = borrowed(ablation, output / "runs" / f"{short(ablation.of)}_{seed}")
+                else:
+                    model = trained(own, ablation, workdir)
+                if "seen.npz" in missing:
+                    examine(own, ablation, model, seed, cases, workdir)
+                spec = dataset.phantom_spec(own.data)
+                numbers = range(FIRST, FIRST + cases // 2)
+                scenes, volumes = phantom.scenes(spec, numbers, seed), phantom.volumes(spec, numbers, seed)
+                if "steps.json" in missing:
+                    logs.write_json(workdir / "steps.json", by_steps(model, volumes, scenes, spec))
+                if "parts.json" in missing:
+                    logs.write_json(workdir / "parts.json", disentanglement.measure(model, volumes, scenes, spec))
+            runs[name].append(judge(own, seed, workdir))
+            if name in STEPPED:
+                curve.setdefault(name, []).append(json.loads((workdir / "steps.json").read_text()))
+            if name in OPENED:
+                parts.setdefault(name, []).append(json.loads((workdir / "parts.json").read_text()))
+            failed = [check for check, passed in passes(runs[name][-1:]).items() if not passed]
+            print(f"{name}, seed {seed}: fails {', '.join(failed) or 'nothing'}", flush=True)
+    spec = dataset.phantom_spec(config.data)
+    planted = fakes(phantom.scenes(spec, range(FIRST, FIRST + cases), 0), spec, HYPOTHESES)
+    summary = summarise(runs, planted) | {"steps": mean_of(curve), "parts": mean_of(parts)}
+    logs.write_json(output / "summary.json", summary)
+    logs.write_bytes(output / "phantom.md", table(summary).encode())
+    draw(config, output, summary)
+    return summary
+
+
+def mean_of(trees: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """Mean over seeds of every figure, {name: the same tree}."""
+    return {name: jax.tree.map(lambda *x: float(np.mean(x)), *own) for name, own in trees.items()}
+
+
+def draw(config: Any, output: Path, summary: Mapping[str, Any]) -> None:
+    """The suite's pictures, of the reference's first seed: beliefs of blobs, conflict beside what was planted."""
+    spec, folder = dataset.phantom_spec(config.data), output / "runs" / f"{REFERENCE}_0"
+    seen = Observation(**np.load(folder / "seen.npz"))
+    scenes = phantom.scenes(spec, range(FIRST, FIRST + len(seen.label)), 0)
+    found = acceptance.blobs(scenes, spec)
     share = np.mean(acceptance.shown(seen.hypotheses, found) >= 0.5, axis=1)
     panels = {
         "one-step belief": acceptance.presence(seen.one_step, found).ravel(),
         f"share of {seen.hypotheses.shape[1]} hypotheses": share.ravel(),
     }
     kinds = {kind: (found.kind == i).ravel() for i, kind in enumerate(acceptance.KINDS)}
-    curves.save(curves.blob_figure(found.posterior.ravel(), panels, kinds, f"{name}: blobs of the test phantoms"), path)
-
-
-def run(config: Any, output: Path, variants: list[str], seeds: int, test_cases: int) -> dict[str, Any]:
-    """Trains and checks every variant on every seed; runs that are finished in `output`/runs are not repeated."""
-    spec = dataset.phantom_spec(config.data)
-    numbers = range(FIRST, FIRST + test_cases)
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for name in variants:
-        for seed in range(seeds):
-            workdir = output / "runs" / f"{name.split()[0]}_{seed}"
-            path = workdir / "checks.json"
-            own = variant_config(config, VARIANTS[name], f"phantom_{name.split()[0]}", seed)
-            if not path.exists():
-                model = trained(own, VARIANTS[name], workdir)
-                scenes, volumes = phantom.scenes(spec, numbers, seed), phantom.volumes(spec, numbers, seed)
-                seen = observe(model, volumes, HYPOTHESES)
-                alone = observe(model, [without(volume, 1) for volume in volumes], HYPOTHESES)
-                draw_blobs(workdir / "blobs.png", name, seen, acceptance.blobs(scenes, spec))
-                logs.write_json(path, checks(seen, alone, scenes, spec))
-            runs.setdefault(name, []).append(json.loads(path.read_text()))
-            failed = [check for check, passed in own_checks(runs[name][-1:]).items() if not passed]
-            print(f"{name}, seed {seed}: fails {', '.join(failed) or 'nothing'}", flush=True)
-    summary = summarise(runs, fakes(phantom.scenes(spec, numbers, 0), spec, HYPOTHESES))
-    logs.write_json(output / "summary.json", summary)
-    logs.write_bytes(output / "phantom.md", table(summary).encode())
-    return summary
+    curves.save(
+        curves.blob_figure(found.posterior.ravel(), panels, kinds, "Blobs of the test phantoms"), output / "blobs.png"
+    )
+    opposed = np.flatnonzero(np.any(found.kind == acceptance.CONFLICT, axis=1))
+    ignored = np.flatnonzero(np.all(found.kind == acceptance.IGNORANCE, axis=1))
+    rows = np.concatenate([opposed[:4], ignored[:1]])
+    columns = {f"image {name}": np.asarray(scenes.image)[rows, m, 0] for m, name in enumerate(spec.modalities)}
+    columns |= {
+        "exact P(lesion)": np.asarray(scenes.marginal)[rows, 0, ..., 1:].sum(-1),
+        "p_1(lesion)": seen.one_step[rows, ..., 1:].sum(-1),
+        "planted conflict": np.asarray(scenes.conflict)[rows, 0].astype(float),
+        "kappa": seen.kappa[rows],
+        "disagreement of hypotheses": acceptance.disagreement(seen.hypotheses)[rows],
+        "its exact value": acceptance.exact_disagreement(scenes)[rows],
+    }
+    curves.save(
+        curves.map_figure(columns, len(spec.modalities), "Four phantoms in conflict, one that a reader ignores"),
+        output / "conflict.png",
+    )
+    lines = {
+        name: {int(steps): one["diversity"] for steps, one in own.items()} for name, own in summary["steps"].items()
+    }
+    if lines:
+        curves.save(curves.steps_figure(lines, acceptance.THRESHOLDS["G5"]), output / "diversity.png")

@@ -509,13 +509,18 @@ def _render(key: PRNGKeyArray, contrast, unit, distance, body, spec: Spec) -> Fl
 # --- scenes -------------------------------------------------------------------------------------------------
 
 
-def scene(key: PRNGKeyArray, spec: Spec) -> Scene:
-    """Draws one phantom with its exact posterior. Pure; jit with spec static."""
+def scene(key: PRNGKeyArray, spec: Spec, flip: tuple[int, int] | None = None) -> Scene:
+    """Draws one phantom with its exact posterior. Pure; jit with spec and flip static.
+
+    flip: (m, j), the reader that shows the opposite at one site: an intervention, all else being as it was drawn.
+    """
     for_place, for_evidence, for_delta, for_image = jax.random.split(key, 4)
     unit, nearest, distance = _place(for_place, spec)
     body = jnp.linalg.norm(unit, axis=-1) <= 1
     site = jnp.where(distance <= _reach(spec), nearest, -1)
     truth, evidence = draw_evidence(for_evidence, spec)
+    if flip is not None:
+        evidence = evidence.at[flip].multiply(-1)
     delta = jnp.asarray(spec.boundary)[jax.random.randint(for_delta, (spec.sites,), 0, len(spec.boundary))]
     label = lesion_classes(distance, delta[nearest], spec) * truth[nearest]
     present = jnp.ones(len(spec.modalities), bool)
@@ -549,10 +554,10 @@ def _scenes(numbers: Int[Array, " n"], seed: Int[Array, ""], spec: Spec) -> Scen
     return jax.lax.map(lambda number: scene(jax.random.fold_in(key, number), spec), numbers)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _images(numbers: Int[Array, " n"], seed: Int[Array, ""], spec: Spec):
+@functools.partial(jax.jit, static_argnames=("spec", "flip"))
+def _images(numbers: Int[Array, " n"], seed: Int[Array, ""], spec: Spec, flip: tuple[int, int] | None = None):
     def one(number):
-        drawn = scene(jax.random.fold_in(jax.random.key(seed), number), spec)
+        drawn = scene(jax.random.fold_in(jax.random.key(seed), number), spec, flip)
         return drawn.image, drawn.label, drawn.body  # the rest is not computed
 
     return jax.lax.map(one, numbers)
@@ -569,15 +574,17 @@ def case_name(number: int) -> str:
     return f"PHANTOM_{number:05d}"
 
 
-def volumes(spec: Spec, numbers: Iterable[int], seed: int, chunk: int = 16) -> list[preprocess.Volume]:
+def volumes(
+    spec: Spec, numbers: Iterable[int], seed: int, chunk: int = 16, flip: tuple[int, int] | None = None
+) -> list[preprocess.Volume]:
     """The phantoms with these numbers as normalised volumes, made `chunk` at a time by one compiled
-    program."""
+    program; `flip` as in `scene`."""
     wanted = list(numbers)
     result = []
     for start in range(0, len(wanted), chunk):
         part = wanted[start : start + chunk]
         padded = np.resize(np.asarray(part, np.int32), chunk)  # one shape, one compilation
-        image, label, body = (np.asarray(a) for a in _images(jnp.asarray(padded), jnp.int32(seed), spec))
+        image, label, body = (np.asarray(a) for a in _images(jnp.asarray(padded), jnp.int32(seed), spec, flip))
         result += [_volume(n, image[i], label[i], body[i]) for i, n in enumerate(part)]
     return result
 

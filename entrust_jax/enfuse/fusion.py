@@ -78,9 +78,7 @@ class Fusion(nn.Module):
         availability = availability * evidence.body[:, None]
         posterior = jax.nn.softmax(jax.lax.stop_gradient(evidence.logits), axis=-1)
         s = conflict.support(posterior, base_rate(evidence.prior_logits))
-        kappa_pairs, contested = conflict.pair_conflict(s, availability)
-        kappa = conflict.strongest(kappa_pairs)
-        js = conflict.jensen_shannon(posterior, availability)
+        kappa_pairs, contested, kappa, js = self.opposition(posterior, s, availability)
         # Channel maps of q that exist at full resolution, pooled once a scale.
         maps = jnp.concatenate(
             [jnp.moveaxis(contested, -1, 1), kappa[:, None], js[:, None], kappa_pairs], axis=1
@@ -114,6 +112,18 @@ class Fusion(nn.Module):
         return Fused(
             tuple(F_c), tuple(F_u), tuple(F_cf), weights, posterior, s, kappa, kappa_pairs, js, present
         )
+
+
+    def opposition(
+        self,
+        posterior: Float[Array, "b m *s k"],
+        support: Float[Array, "b m *s k"],
+        availability: Float[Array, "b m *s"],
+    ) -> tuple[Float[Array, "b p *s"], Float[Array, "b *s k"], Float[Array, "b *s"], Float[Array, "b *s"]]:
+        """How the modalities disagree: kappa_mn, how contested each class is, kappa, JS."""
+        kappa_pairs, contested = conflict.pair_conflict(support, availability)
+        js = conflict.jensen_shannon(posterior, availability)
+        return kappa_pairs, contested, conflict.strongest(kappa_pairs), js
 
 
 class Auxiliary(nn.Module):

@@ -152,6 +152,43 @@ def blob_figure(
     return picture
 
 
+def map_figure(columns: Mapping[str, Float[np.ndarray, "n h w"]], images: int, title: str) -> Figure:
+    """Maps of n cases, a row each: the first `images` columns in grey, each case in its own window, the others are
+    shares between 0 (white) and 1 (black)."""
+    rows = len(next(iter(columns.values())))
+    picture = Figure(figsize=(1.15 * len(columns), 1.15 * rows + 0.7), dpi=150, layout="constrained")
+    axes = picture.subplots(rows, len(columns), squeeze=False)
+    for column, (heading, maps) in enumerate(columns.items()):
+        axes[0, column].set_title(heading.replace(" of ", "\nof ").replace(" exact", "\nexact"), fontsize=7, color=INK)
+        for row, values in enumerate(maps):
+            axis = axes[row, column]
+            if column < images:
+                axis.imshow(values, cmap="gray", interpolation="nearest")
+            else:
+                axis.imshow(values, cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+    picture.suptitle(f"{title} (maps: white 0, black 1)", fontsize=9, color=INK)
+    return picture
+
+
+def steps_figure(lines: Mapping[str, Mapping[int, float]], accepted: tuple[float, float]) -> Figure:
+    """Diversity of hypotheses over its analytic value, by the sampler's steps; `accepted` is shaded."""
+    picture = Figure(figsize=(4.8, 3.6), dpi=150, layout="constrained")
+    axis = picture.subplots()
+    axis.axhspan(*accepted, color=FAINT, alpha=0.15, linewidth=0)
+    axis.axhline(1, color=FAINT, linewidth=1, linestyle="--")
+    for i, (name, line) in enumerate(lines.items()):
+        axis.plot([*line], [*line.values()], "o" + STYLES[i % len(STYLES)], color=COLOURS[i], markersize=4, label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([*next(iter(lines.values()))], [str(x) for x in next(iter(lines.values()))])
+    axis.set_ylim(0, None)
+    axis.set_xlabel("steps of the sampler", fontsize=8, color=INK)
+    axis.set_ylabel("pairwise disagreement over its analytic value", fontsize=8, color=INK)
+    axis.legend(frameon=False, fontsize=7, loc="lower right")
+    _dress(picture, np.array([axis]), "Diversity of hypotheses")
+    return picture
+
+
 def save(picture: Figure, path: Path) -> None:
     """Writes a PNG beside `path` and renames it into place."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".png")

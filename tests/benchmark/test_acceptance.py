@@ -40,7 +40,7 @@ def world():
 def checks(world, seen):
     scenes = world[0]
     single = references.readers(scenes, SPEC)[:, 1]
-    alone = seen._replace(one_step=references.marginals(scenes, single, SPEC), kappa=0 * seen.kappa)
+    alone = acceptance.Alone(references.marginals(scenes, single, SPEC), 0 * seen.kappa)
     return suite.checks(seen, alone, scenes, SPEC)
 
 
@@ -85,7 +85,7 @@ def test_divergence_of_the_readers_taken_for_conflict_fails_where_lesions_are_ra
 def test_a_wrong_single_reader_or_a_left_over_conflict_fails_g11(world):
     scenes, found, seen, _ = world
     single = references.readers(scenes, SPEC)[:, 1]
-    assert not acceptance.g11_missing(seen, found, single)["pass"]
+    assert not acceptance.g11_missing(acceptance.Alone(seen.one_step, seen.kappa), found, single)["pass"]
 
 
 def test_blaming_the_honest_reader_fails(world):

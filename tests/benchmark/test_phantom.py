@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from entrust_jax import model as entrust
-from entrust_jax.benchmark import acceptance, references
+from entrust_jax.benchmark import ablations, acceptance, references
 from entrust_jax.benchmark import phantom as suite
 from entrust_jax.data import phantom
 from entrust_jax.layers import apply
+from entrust_jax.segdiff import sampler
 
 B, M, SIZE = 2, 2, 8
 
@@ -66,7 +67,7 @@ BATCH = {
 
 def fused_by(config, variant):
     """(condition, evidence) of random parameters under a variant's network, and those of the reference."""
-    networks = [suite.variant_network(config, v) for v in (suite.VARIANTS[variant], suite.VARIANTS[suite.REFERENCE])]
+    networks = [suite.own_network(config, v) for v in (ablations.ABLATIONS[variant], ablations.ABLATIONS[ablations.REFERENCE])]
     key = jax.random.key(0)
     shapes = jax.eval_shape(networks[1].init, {"params": key, "dropout": key}, BATCH, key)
     params = jax.tree.map(lambda x: 0.5 * some(*x.shape), shapes)
@@ -102,8 +103,8 @@ def test_the_global_prior_is_the_same_everywhere(config):
 
 def test_without_independence_only_that_term_is_gone(config):
     key, terms = jax.random.key(0), []
-    for name in ("A4 no independence", suite.REFERENCE):
-        network = suite.variant_network(config, suite.VARIANTS[name])
+    for name in ("A4 no independence", ablations.REFERENCE):
+        network = suite.own_network(config, ablations.ABLATIONS[name])
         shapes = jax.eval_shape(network.init, {"params": key, "dropout": key}, BATCH, key)
         params = jax.tree.map(lambda x: 0.5 * some(*x.shape), shapes)
         terms.append(entrust.enfuse_loss(network, params, jax.tree.map(jnp.asarray, BATCH), key, jnp.float32(1.0))[1])
@@ -114,14 +115,15 @@ def test_without_independence_only_that_term_is_gone(config):
 
 def test_recycled_masks_know_nothing_of_the_truth():
     one, two = (jnp.where(some(B, 4, 4, 2, seed=s) > 0, 0.2, -0.2) for s in (1, 2))
-    eps, level = jnp.asarray(some(B, 4, 4, 2, seed=3)), jnp.array([0.0, 6.0])
+    eps, level = jnp.asarray(some(B, 4, 4, 2, seed=3)), jnp.array([-12.0, 6.0])  # a share of every batch is pure noise
 
     def denoise(x, log_snr):
         assert np.all(np.asarray(log_snr) == -12)
         return 3 * x
 
-    first, second = (suite.recycled(denoise, x0, level, eps) for x0 in (one, two))
+    first, second = (ablations.recycled(denoise, x0, level, eps) for x0 in (one, two))
     np.testing.assert_array_equal(first, second)
+    level = jnp.array([0.0, 6.0])
     truth = [entrust.noisy_truth(denoise, x0, level, eps) for x0 in (one, two)]
     assert np.any(np.abs(truth[0] - truth[1]) > 0.1)
 
@@ -129,24 +131,64 @@ def test_recycled_masks_know_nothing_of_the_truth():
 def test_dice_is_added_to_the_cross_entropy():
     logits, label = 50 * jnp.array([[[[1.0, 0.0], [0.0, 1.0]]]]), jnp.array([[[0, 1]]])
     weight = jnp.array([[[1.0, 4.0]]])
-    assert suite.with_dice(logits, label, weight)[0] == pytest.approx(0, abs=1e-5)
-    wrong = suite.with_dice(-0.02 * logits, label, weight)[0]
+    assert ablations.with_dice(logits, label, weight)[0] == pytest.approx(0, abs=1e-5)
+    wrong = ablations.with_dice(-0.02 * logits, label, weight)[0]
     assert wrong > entrust.weighted_ce(-0.02 * logits, label, weight)[0] + 0.1
 
 
+def test_divergence_takes_the_place_of_conflict(config):
+    (other, _), (plain, _) = fused_by(config, "A7 divergence as conflict")
+    np.testing.assert_array_equal(other.fused.kappa, plain.fused.js)
+    assert np.any(np.abs(np.asarray(plain.fused.kappa) - plain.fused.js) > 1e-3)
+
+
+def test_foreign_conflict_features_are_those_of_the_case_before(config):
+    (foreign, _), (own, _) = fused_by(config, "A11 foreign conflict features")
+    for theirs, mine in zip(foreign.fused.F_cf, own.fused.F_cf, strict=True):
+        np.testing.assert_array_equal(theirs, np.roll(mine, 1, axis=0))
+    assert np.any(np.asarray(foreign.projections.a[0]) != own.projections.a[0])
+
+
+def test_without_dropout_everything_that_is_there_is_seen():
+    present = jnp.array([[True, False], [True, True]])
+    seen, scale = ablations.keep_all(jax.random.key(0), present, (3, 3), jnp.array([True, True]))
+    np.testing.assert_array_equal(seen, np.broadcast_to(present[..., None, None], (2, 2, 3, 3)))
+    np.testing.assert_array_equal(scale, 1)
+
+
+def test_noise_is_hot_in_conflict_and_only_while_asked():
+    chain = sampler.Sampler(b=0.2, lambda_min=-12.0, lambda_max=6.0, steps=4, eta_min=0.2)
+    row = jax.tree.map(lambda column: column[1], sampler.transitions(chain))
+    x = jnp.zeros((1, 2, 2, 2))
+    eta = jnp.array([[[1.0, 0.2], [1.0, 0.2]]])  # conflict on the left
+
+    def fresh():
+        return sampler.advance(x, x, x, eta, lambda: jnp.ones_like(x), row, chain)
+
+    plain = fresh()
+    with ablations.hot_noise():
+        hot = fresh()
+    np.testing.assert_allclose(hot / plain, np.array([[[1.6], [1.0]], [[1.6], [1.0]]])[None] * np.ones(2), rtol=1e-5)
+    np.testing.assert_array_equal(fresh(), plain)
+
+
 def test_a_run_goes_from_training_to_table_and_repeats_nothing(config, tmp_path):
-    summary = suite.run(config, tmp_path, [suite.REFERENCE], 1, 6)
+    names = [ablations.REFERENCE, "A5 head sees entropy alone", "A8 temperature by conflict"]
+    summary = suite.run(config, tmp_path, names, 1, 6)
     written = json.loads((tmp_path / "summary.json").read_text())
     assert set(written["checks"]) == {f"G{i}" for i in range(1, 12)}
     for one in written["checks"].values():
         assert {"value", "threshold", "pass"} <= set(one)
     assert not written["checks"]["G1"]["pass"]  # nothing can be learnt in two steps
     assert written["checks"]["G11"]["value"]["kappa"] == 0
-    assert len(written["fakes"]) == 5
+    assert len(written["fakes"]) == 5 and set(written["ablations"]) == set(names[1:])
+    assert list(written["steps"][ablations.REFERENCE]) == [str(s) for s in suite.STEPS]
+    assert "kappa changes elsewhere" in written["parts"][ablations.REFERENCE]
     text = (tmp_path / "phantom.md").read_text()
-    assert "| G11 |" in text and "every pixel drawn by itself" in text
+    assert "| G11 |" in text and "every pixel drawn by itself" in text and "dCor" in text
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("blobs", "conflict", "diversity"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
-    again = suite.run(config, tmp_path, [suite.REFERENCE], 1, 6)
+    again = suite.run(config, tmp_path, names, 1, 6)
     assert again["checks"]["G5"] == summary["checks"]["G5"]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()} == before
 
@@ -158,7 +200,7 @@ def test_a_check_passes_when_every_seed_does():
     }
     bad = good | {"G3": {"value": 0.85, "threshold": 0.9, "pass": False}}
     name = "A1 recycling"
-    found = suite.summarise({suite.REFERENCE: [good, bad], name: [bad, bad]}, {})
+    found = suite.summarise({ablations.REFERENCE: [good, bad], name: [bad, bad]}, {})
     assert found["checks"]["G3"] == {
         "value": pytest.approx(0.9),
         "threshold": 0.9,

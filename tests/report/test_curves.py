@@ -51,6 +51,21 @@ def test_blobs_are_drawn_against_their_posterior():
     assert [axis.get_title() for axis in picture.axes] == ["p", "share"]
 
 
+def test_maps_are_drawn_in_rows_of_cases():
+    columns = {"image": 50 * np.random.default_rng(0).random((2, 4, 4)), "share": np.full((2, 4, 4), 0.25)}
+    picture = curves.map_figure(columns, 1, "title")
+    assert len(picture.axes) == 4
+    image, share = picture.axes[0].images[0], picture.axes[1].images[0]
+    assert share.get_clim() == (0, 1) and image.get_clim()[1] > 10
+    np.testing.assert_array_equal(share.get_array(), columns["share"][0])
+
+
+def test_diversity_is_drawn_by_steps():
+    picture = curves.steps_figure({"a": {1: 0.2, 4: 0.8}, "b": {1: 0.1, 4: 0.5}}, (0.75, 1.15))
+    lines = {line.get_label(): line.get_xydata() for line in picture.axes[0].lines}
+    np.testing.assert_allclose(lines["b"], [[1, 0.1], [4, 0.5]])
+
+
 def test_save_writes_a_png_and_replaces_it_whole(tmp_path):
     path = tmp_path / "picture.png"
     path.write_bytes(b"old")

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from entrust_jax.benchmark.steps import discs, exact_denoiser
 from entrust_jax.errors import UserError
 from entrust_jax.segdiff import sampler as sampling
 from entrust_jax.segdiff import schedule
 from entrust_jax.segdiff.sampler import Sampler
-
-from .exact_denoiser import discs, exact_denoiser
 
 SIZE, CLASSES, B = 9, 2, 0.3 / np.sqrt(2)
 RADII, WEIGHTS = (0.0, 2.0, 3.0, 4.0), np.array([0.3, 0.7 / 3, 0.7 / 3, 0.7 / 3])

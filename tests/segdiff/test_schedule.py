@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from entrust_jax.benchmark.steps import discs, exact_denoiser
 from entrust_jax.segdiff import schedule
-
-from .exact_denoiser import discs, exact_denoiser, one_channel_presence
 
 
 @pytest.mark.parametrize("low, high", [(-12.0, 6.0), (-15.0, 8.5)])
@@ -61,6 +60,12 @@ def test_scale_onehot_values_and_ignored_pixels():
         schedule.scale_onehot(jnp.array([0, 2, -1]), 3, 0.5),
         [[0.5, -0.5, -0.5], [-0.5, -0.5, 0.5], [0, 0, 0]],
     )
+
+
+def one_channel_presence(x, log_snr, mask, b):
+    """Exact P(mask present | x_t) under equal odds, for a single +-b channel; x [n, *S]."""
+    alpha, sigma = schedule.alpha_sigma(jnp.float32(log_snr))
+    return jax.nn.sigmoid(alpha / sigma**2 * 2 * b * (x * mask[None]).reshape(x.shape[0], -1).sum(-1))
 
 
 def test_diffuse_uses_each_case_own_level():
