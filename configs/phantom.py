@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> Any:
     config.data.regions = ConfigDict({"lesion": (1,)})
     config.data.phantom = ConfigDict(
         {
-            "cases": (4096, 128, 64, 128),
+            "cases": (4096, 128, 128, 128),
             "size": (32, 32),
             "depth": 1,
             "sites": 2,
@@ -65,6 +65,6 @@ def get_config(arg: str = "") -> Any:
         config.data.phantom.update(reliability=(0.9,) * 4, ignorance=(0.1,) * 4)
     config.model.update(widths=(16, 32, 32))
     config.unet.widths = (16, 32, 32)
-    config.diffusion.update(b=0.21, lambda_max=6.0)
+    config.diffusion.update(b=0.21, lambda_max=6.0, sampler="dpmpp2m")
     config.train.update(batch=32, enfuse_steps=400, segdiff_steps=1600, unet_steps=2000, val_slices=128)
     return config.lock()

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from entrust_jax import model as entrust
 from entrust_jax.baselines.unet import soft_dice
+from entrust_jax.enfuse.conflict import gate
 from entrust_jax.enfuse.encoder import Evidence
 from entrust_jax.enfuse.fusion import Fusion
 from entrust_jax.segdiff import sampler, schedule
@@ -117,15 +118,15 @@ def keep_all(
 
 
 def hot_noise() -> contextlib.AbstractContextManager:
-    """While open, hypotheses are drawn with noise that grows with conflict: the temperature that manufactures doubt."""
-    original = sampler.advance
+    """While open, hypotheses are drawn from noise that grows with conflict: the temperature that manufactures doubt."""
+    original, noise = sampler.hypothesis, sampler._noise
 
-    def advance(x, mean, previous, eta, noise, step, how):
-        conflict = (eta - how.eta_min) / (1 - how.eta_min)
-        amplitude = 1 + (HOT - 1) * conflict[..., None]
-        return original(x, mean, previous, eta, lambda: amplitude * noise(), step, how)
+    def hypothesis(denoise: Any, condition: Any, conflict: Float[Array, "b *s"], *args: Any, **options: Any) -> Array:
+        amplitude = 1 + (HOT - 1) * gate(conflict)[..., None]
+        with mock.patch.object(sampler, "_noise", lambda *draw: amplitude * noise(*draw)):
+            return original(denoise, condition, conflict, *args, **options)
 
-    return mock.patch.object(sampler, "advance", advance)
+    return mock.patch.object(sampler, "hypothesis", hypothesis)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """G1 to G11: does a model say what the phantom's exact posterior says? Pure functions of what it said.
 
-A blob is what one site of a phantom holds. Its core are the pixels whose class depends on the blob's presence alone,
-not on the boundary's ambiguity. A blob is in conflict where readers contradict each other, ignored where one shows
-nothing and none contradicts, else agreed upon. All equations: ours.
+A blob is what one site of a phantom holds. Its core are the pixels whose class depends on the blob's presence alone, at
+least a pixel inside of where its boundary may lie. A blob is in conflict where readers contradict each other, ignored
+where one shows nothing and none contradicts, else agreed upon. All equations: ours.
 """
 
 from collections.abc import Mapping
@@ -45,6 +45,7 @@ QUESTIONS = {
     "G11": "without the second modality: error against the single reader's posterior; largest conflict",
 }
 CERTAIN = 0.1  # blobs with a posterior below it or above 1 - it say nothing about how hypotheses are drawn
+MARGIN = 1.0  # pixels from the innermost possible boundary to a core: to place a boundary wrongly is no doubt of a blob
 WHOLE = 0.95  # share of a core with one label from which a hypothesis is coherent there
 
 
@@ -81,9 +82,9 @@ class Blobs(NamedTuple):
 
 def blobs(scenes: phantom.Scene, spec: phantom.Spec) -> Blobs:
     """The blobs of binary phantoms with one slice; every field of `scenes` has a leading axis."""
-    site, boundary, distance = (np.asarray(x)[:, 0] for x in (scenes.site, scenes.boundary, scenes.distance))
+    site, distance = (np.asarray(x)[:, 0] for x in (scenes.site, scenes.distance))
     evidence, posterior = np.asarray(scenes.evidence), np.asarray(scenes.posterior)
-    inside = (distance <= spec.radius) & ~boundary
+    inside = distance <= spec.radius + min(spec.boundary) - MARGIN
     core = inside[:, None] & (site[:, None] == np.arange(posterior.shape[1])[None, :, None, None])
     opposed = np.any(evidence > 0, axis=1) & np.any(evidence < 0, axis=1)
     silent = np.any(evidence == 0, axis=1) & ~opposed

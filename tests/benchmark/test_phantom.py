@@ -67,7 +67,7 @@ BATCH = {
 
 def fused_by(config, variant):
     """(condition, evidence) of random parameters under a variant's network, and those of the reference."""
-    networks = [suite.own_network(config, v) for v in (ablations.ABLATIONS[variant], ablations.ABLATIONS[ablations.REFERENCE])]
+    networks = [suite.own_network(config, ablations.ABLATIONS[v]) for v in (variant, ablations.REFERENCE)]
     key = jax.random.key(0)
     shapes = jax.eval_shape(networks[1].init, {"params": key, "dropout": key}, BATCH, key)
     params = jax.tree.map(lambda x: 0.5 * some(*x.shape), shapes)
@@ -156,20 +156,25 @@ def test_without_dropout_everything_that_is_there_is_seen():
     np.testing.assert_array_equal(scale, 1)
 
 
-def test_noise_is_hot_in_conflict_and_only_while_asked():
-    chain = sampler.Sampler(b=0.2, lambda_min=-12.0, lambda_max=6.0, steps=4, eta_min=0.2)
-    row = jax.tree.map(lambda column: column[1], sampler.transitions(chain))
-    x = jnp.zeros((1, 2, 2, 2))
-    eta = jnp.array([[[1.0, 0.2], [1.0, 0.2]]])  # conflict on the left
+@pytest.mark.parametrize("method", ["ddim", "dpmpp2m"])
+def test_noise_is_hot_in_conflict_and_only_while_asked(method):
+    chain = sampler.Sampler(b=0.2, lambda_min=-12.0, lambda_max=6.0, steps=1, method=method)
+    conflict = jnp.array([[[9.0, 0.0], [9.0, 0.0]]])  # on the left
 
-    def fresh():
-        return sampler.advance(x, x, x, eta, lambda: jnp.ones_like(x), row, chain)
+    def draw():  # a denoiser that shows its input, to see the noise it is given
+        return sampler.sample(
+            lambda x, *_: x, None, conflict, jnp.array([3]), jax.random.key(0),
+            sampler=chain, classes=2, hypotheses=3,
+        )  # fmt: skip
 
-    plain = fresh()
+    (first, plain), logit = draw(), lambda p: np.log(p[..., 0] / p[..., 1])
     with ablations.hot_noise():
-        hot = fresh()
-    np.testing.assert_allclose(hot / plain, np.array([[[1.6], [1.0]], [[1.6], [1.0]]])[None] * np.ones(2), rtol=1e-5)
-    np.testing.assert_array_equal(fresh(), plain)
+        same, hot = draw()
+    ratio = logit(hot) / logit(plain)
+    np.testing.assert_allclose(ratio[..., 0], ablations.HOT, rtol=1e-3)
+    np.testing.assert_allclose(ratio[..., 1], 1, rtol=1e-3)
+    np.testing.assert_array_equal(first, same)  # the one-step prediction stays
+    np.testing.assert_array_equal(draw()[1], plain)
 
 
 def test_a_run_goes_from_training_to_table_and_repeats_nothing(config, tmp_path):
