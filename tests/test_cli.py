@@ -1,5 +1,6 @@
 """Entry points as a person meets them: exit codes and one-line errors, in a process of their own."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -170,3 +171,22 @@ def test_one_device_per_core_and_a_cache(call, tmp_path):
 
 def test_default_workdir():
     assert str(cli.default_workdir(SimpleNamespace(name="glioma"))) == "runs/glioma"
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+def test_freed_memory_stays_with_the_process():
+    """Large arrays made and freed again and again, as a training step's temporaries: no page is faulted in twice."""
+    work = (
+        "import resource, numpy as np\n"
+        "def faults(n):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(n): np.ones(2**23)\n"  # 64 MB
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults(2); print(faults(10))\n"
+    )
+    kept = "from entrust_jax import cli; cli._keep_memory()\n"
+    counts = [
+        int(subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, text=True).stdout)
+        for text in (work, kept + work)
+    ]
+    assert counts[1] < 1000 and counts[1] < counts[0] / 10, counts

@@ -107,7 +107,7 @@ def squared_correlation(y: np.ndarray, z: np.ndarray, inside: np.ndarray) -> flo
     mask = inside.reshape(len(inside), -1).astype(np.float32)
     a, b = (objective.centred_per_case(jnp.asarray(x.reshape(*mask.shape, -1)), jnp.asarray(mask)) for x in (y, z))
     found = objective.xcov(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]), jnp.asarray(mask.ravel()))
-    return float(found) - 1 / (mask.sum() - len(mask))
+    return float(found - 1 / (mask.sum() - len(mask)))
 
 
 def distance_correlation(y: np.ndarray, z: np.ndarray, inside: np.ndarray) -> tuple[float, float]:

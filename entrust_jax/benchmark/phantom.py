@@ -7,6 +7,7 @@ ablation changes in `ablations`; what the parts of a model carry in `disentangle
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ HYPOTHESES = 24
 SLICES = 32  # phantoms in one compiled call
 FIRST = 100_000  # the number of the first test phantom; no training sees one so large
 STEPS = (1, 2, 4, 8, 16)  # of the curves of diversity
+METHODS = ("dpmpp2m", "ddim")
 STEPPED = (REFERENCE, "A10 b = 1, four steps", "A10 b = .07")  # models whose curves are drawn
 OPENED = (REFERENCE, "A4 no independence")  # models whose parts are looked into
 
@@ -138,24 +140,20 @@ def observe(model: api.Trained, volumes: list[Volume], hypotheses: int) -> Obser
     )
 
 
-def by_steps(model: api.Trained, volumes: list[Volume], scenes: phantom.Scene, spec: phantom.Spec) -> dict[str, Any]:
-    """Diversity and coherence of hypotheses drawn in few and in many steps, by the number of steps."""
-    found, key = {}, jax.random.key(model.config.seed)
-    blobs = acceptance.blobs(scenes, spec)
+def by_steps(model: api.Trained, volumes: list[Volume], scenes: phantom.Scene) -> dict[str, Any]:
+    """Diversity of hypotheses drawn in few and in many steps: {sampler: {steps: figure}}."""
+    found: dict[str, Any] = {method: {} for method in METHODS}
+    key = jax.random.key(model.config.seed)
     h, w = volumes[0].body.shape[1:]
-    for steps in STEPS:
-        sampler = dataclasses.replace(inference.sampler_of(model.config), steps=steps)
-        static = {"model": model.network, "sampler": sampler, "mesh": model.mesh}
+    for method, steps in itertools.product(METHODS, STEPS):
+        chain = dataclasses.replace(inference.sampler_of(model.config), method=method, steps=steps)
+        static = {"model": model.network, "sampler": chain, "mesh": model.mesh}
         members = []
         for piece in chunks(model, volumes):
             evidence, _ = inference.look(model.params, piece, key, **static)
             _, own = inference.draw(model.params, evidence, piece, key, hypotheses=HYPOTHESES, **static)
             members.append(np.asarray(own)[:, :, :h, :w])
-        hypotheses = np.concatenate(members)[: len(volumes)]
-        found[str(steps)] = {
-            "diversity": acceptance.diversity(hypotheses, scenes),
-            "coherence": acceptance.coherence(hypotheses, blobs),
-        }
+        found[method][str(steps)] = acceptance.diversity(np.concatenate(members)[: len(volumes)], scenes)
     return found
 
 
@@ -281,11 +279,8 @@ def table(summary: Mapping[str, Any]) -> str:
         rows += [[key, *(_cell(summary["ablations"][name]["figures"][key]) for name in names)] for key in keys]
         lines += _rows(["", *names], rows)
     if summary["steps"]:
-        rows = [
-            [name, *(f"{one['diversity']:.2f} ({one['coherence']:.2f})" for one in own.values())]
-            for name, own in summary["steps"].items()
-        ]
-        lines += ["", "Diversity over its analytic value, in brackets coherence, by the sampler's steps.", ""]
+        rows = [[name, *(f"{value:.2f}" for value in own.values())] for name, own in lines_of(summary).items()]
+        lines += ["", "Diversity of hypotheses over its analytic value, by the sampler's steps.", ""]
         lines += _rows(["", *(str(steps) for steps in STEPS)], rows)
     if summary["parts"]:
         names = list(summary["parts"])
@@ -293,6 +288,15 @@ def table(summary: Mapping[str, Any]) -> str:
         lines += ["", "What the parts carry (R2: squared correlation less its value under independence).", ""]
         lines += _rows(["", *names], rows)
     return "\n".join(lines) + "\n"
+
+
+def lines_of(summary: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    """Curves of diversity by steps, a line each model and sampler."""
+    return {
+        f"{name.partition(',')[0]}, {method}": {int(steps): value for steps, value in own.items()}
+        for name, both in summary["steps"].items()
+        for method, own in both.items()
+    }
 
 
 def _rows(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -356,8 +360,10 @@ def run(config: Any, output: Path, names: list[str], seeds: int, cases: int) -> 
         for name in [n for n in names if seed == 0 or not ABLATIONS[n].question]:
             ablation, workdir = ABLATIONS[name], output / "runs" / f"{short(name)}_{seed}"
             own = own_config(config, ablation, f"phantom_{short(name)}", seed)
-            wanted = {"seen.npz"} | ({"steps.json"} if name in STEPPED else set())
-            wanted |= {"parts.json"} if name in OPENED else set()
+            wanted = {"seen.npz"}
+            if len(names) > 1:  # curves and parts are there to be compared
+                wanted |= {"steps.json"} if name in STEPPED else set()
+                wanted |= {"parts.json"} if name in OPENED else set()
             if missing := {file for file in wanted if not (workdir / file).exists()}:
                 if ablation.of:
                     workdir.mkdir(parents=True, exist_ok=True)
@@ -367,16 +373,16 @@ def run(config: Any, output: Path, names: list[str], seeds: int, cases: int) -> 
                 if "seen.npz" in missing:
                     examine(own, ablation, model, seed, cases, workdir)
                 spec = dataset.phantom_spec(own.data)
-                numbers = range(FIRST, FIRST + cases // 2)
+                numbers = range(FIRST, FIRST + -(-cases // 4))
                 scenes, volumes = phantom.scenes(spec, numbers, seed), phantom.volumes(spec, numbers, seed)
                 if "steps.json" in missing:
-                    logs.write_json(workdir / "steps.json", by_steps(model, volumes, scenes, spec))
+                    logs.write_json(workdir / "steps.json", by_steps(model, volumes, scenes))
                 if "parts.json" in missing:
                     logs.write_json(workdir / "parts.json", disentanglement.measure(model, volumes, scenes, spec))
             runs[name].append(judge(own, seed, workdir))
-            if name in STEPPED:
+            if "steps.json" in wanted:
                 curve.setdefault(name, []).append(json.loads((workdir / "steps.json").read_text()))
-            if name in OPENED:
+            if "parts.json" in wanted:
                 parts.setdefault(name, []).append(json.loads((workdir / "parts.json").read_text()))
             failed = [check for check, passed in passes(runs[name][-1:]).items() if not passed]
             print(f"{name}, seed {seed}: fails {', '.join(failed) or 'nothing'}", flush=True)
@@ -425,8 +431,5 @@ def draw(config: Any, output: Path, summary: Mapping[str, Any]) -> None:
         curves.map_figure(columns, len(spec.modalities), "Four phantoms in conflict, one that a reader ignores"),
         output / "conflict.png",
     )
-    lines = {
-        name: {int(steps): one["diversity"] for steps, one in own.items()} for name, own in summary["steps"].items()
-    }
-    if lines:
-        curves.save(curves.steps_figure(lines, acceptance.THRESHOLDS["G5"]), output / "diversity.png")
+    if summary["steps"]:
+        curves.save(curves.steps_figure(lines_of(summary), acceptance.THRESHOLDS["G5"]), output / "diversity.png")
