@@ -2,6 +2,7 @@
 
     python -m entrust_jax.train --config=configs/phantom.py
     python -m entrust_jax.train --config=configs/phantom.py:class_conflict   (readers disagree on the class of a lesion)
+    python -m entrust_jax.train --config=configs/phantom.py:places           (each reader is the reliable one somewhere)
     python -m entrust_jax.train --config=configs/phantom.py:correlated       (two of three readers err together)
     python -m entrust_jax.train --config=configs/phantom.py:four_readers     (four readers of reliability .9)
 
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 from configs import common
 from entrust_jax.errors import UserError
 
-VARIANTS = ("class_conflict", "correlated", "four_readers")
+VARIANTS = ("places", "class_conflict", "correlated", "four_readers")
 
 
 def get_config(arg: str = "") -> Any:
@@ -51,7 +52,10 @@ def get_config(arg: str = "") -> Any:
             "variant": "binary",
         }
     )
-    if arg == "class_conflict":
+    if arg == "places":
+        with config.data.phantom.ignore_type():
+            config.data.phantom.reliability = ((0.95, 0.7), (0.7, 0.95))  # by site
+    elif arg == "class_conflict":
         config.data.update(classes=("background", "lesion1", "lesion2"), label_map=((0, 0), (1, 1), (2, 2)))
         config.data.regions = ConfigDict({"lesion": (1, 2), "lesion1": (1,), "lesion2": (2,)})
         with config.data.phantom.ignore_type():

@@ -81,6 +81,7 @@ def setup_devices(at_most: int | None = None) -> None:
     if not _has_accelerator() and "xla_backend_optimization_level" not in xla:
         # Compiling is a CPU user's whole experience: half the seconds, and steps no slower where measured.
         os.environ["XLA_FLAGS"] = f"{xla} --xla_backend_optimization_level=1".strip()
+    if not _has_accelerator():
         _keep_memory()
     import jax  # here, so that a mistyped flag is answered without waiting for jax to load
 

@@ -35,12 +35,11 @@ def phantom_suite(config: Any) -> None:
     """Writes summary.json, phantom.md and one working folder a training into --output."""
     from entrust_jax.benchmark import phantom  # after the devices are set up
 
-    if config.data.layout != "phantom":
-        raise UserError(f"--config: {config.name} has no phantom; use configs/phantom.py")
     if not FLAGS.output:
         raise UserError("--output is missing: name a folder for the results, --output=runs/phantom_suite")
     names, seeds = ([phantom.REFERENCE], 1) if FLAGS.quick else (list(phantom.ABLATIONS), FLAGS.seeds)
     output = Path(FLAGS.output)
+    cli.check_place(output, "--output")
     phantom.run(config, output, names, seeds, TEST_CASES)
     print((output / "phantom.md").read_text())
 

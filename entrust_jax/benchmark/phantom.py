@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ import numpy as np
 from entrust_jax import api, inference, train
 from entrust_jax import model as entrust
 from entrust_jax.benchmark import acceptance, disentanglement, references
-from entrust_jax.benchmark.ablations import ABLATIONS, REFERENCE, Ablation
+from entrust_jax.benchmark.ablations import ABLATIONS, ALL, REFERENCE, Ablation
 from entrust_jax.benchmark.acceptance import Observation
 from entrust_jax.data import dataset, phantom, phantom_law, pipeline
 from entrust_jax.data.preprocess import Volume
+from entrust_jax.errors import UserError
 from entrust_jax.report import curves
 from entrust_jax.runtime import logs
 from entrust_jax.trustmap import calibration, case
@@ -77,7 +78,8 @@ def borrowed(ablation: Ablation, workdir: Path) -> api.Trained:
     raw = api.examine_with(config, network, model.params, model.mesh, model.tau, cases[0])
     _, names = calibration.features(raw, raw["label"], cases[0].present)
     # An input that never varies is switched off when the head is fitted.
-    data = dataclasses.replace(data, features=np.float32(data.features * np.isin(names, ablation.inputs)))
+    seen = np.isin(names, ablation.inputs) | (ablation.inputs == ALL)
+    data = dataclasses.replace(data, features=np.float32(data.features * seen))
     head = calibration.fit("head", data, jax.random.key(config.seed), config.train.head_steps)
     return dataclasses.replace(model, rung="head", calibration=head)
 
@@ -158,20 +160,20 @@ def by_steps(model: api.Trained, volumes: list[Volume], scenes: phantom.Scene) -
 
 
 def checks(seen: Observation, alone: acceptance.Alone, scenes: phantom.Scene, spec: phantom.Spec) -> dict[str, Any]:
-    """Every acceptance check of one model: what it says with all modalities, and without the second one."""
+    """Every acceptance check of one model: what it says with both modalities, and without the second one."""
     found = acceptance.blobs(scenes, spec)
     rows = zip(np.asarray(scenes.belief), np.asarray(scenes.site), np.asarray(scenes.distance), strict=True)
     laws = [phantom_law.exact_law(belief, site, distance, spec) for belief, site, distance in rows]
-    expected = np.array([phantom_law.mean_distance(law) for law in laws])
     single = references.readers(scenes, spec)[:, 1]
+    to_the_rim = acceptance.blobs(scenes, spec, margin=0.0)
     every = {
-        "G1": acceptance.g1_marginals(seen, found),
+        "G1": acceptance.g1_marginals(seen, found) | {"to_the_rim": acceptance.g1_marginals(seen, to_the_rim)["value"]},
         "G2": acceptance.g2_strong_reader(seen, found, spec),
-        "G3": acceptance.g3_coherence(seen, found),
+        "G3": acceptance.g3_coherence(seen, found) | {"to_the_rim": acceptance.coherence(seen.hypotheses, to_the_rim)},
         "G4": acceptance.g4_share(seen, found),
         "G5": acceptance.g5_diversity(seen, scenes),
         "G6": acceptance.g6_enrichment(seen, scenes, found),
-        "G7": acceptance.g7_joint(seen, scenes, found, expected),
+        "G7": acceptance.g7_joint(seen, laws, found),
         "G8": acceptance.g8_scores(seen, scenes, found),
         "G9": acceptance.g9_blame(seen, found),
         "G10": acceptance.g10_errors(seen, scenes),
@@ -180,23 +182,33 @@ def checks(seen: Observation, alone: acceptance.Alone, scenes: phantom.Scene, sp
     return {name: one for name, one in every.items() if one is not None}
 
 
-def fakes(scenes: phantom.Scene, spec: phantom.Spec, hypotheses: int) -> dict[str, list[str]]:
-    """The checks that the exact observer and every planted fake fail."""
-    seen = references.exact(scenes, spec, hypotheses, 0)
-    found = acceptance.blobs(scenes, spec)
-    single = references.marginals(scenes, references.readers(scenes, spec)[:, 1], spec)
-    alone = acceptance.Alone(single, 0 * seen.kappa)
-    made = {
-        "none (the exact observer)": seen,
-        "temperature by conflict": references.hot_in_conflict(seen, scenes, spec, found, 1),
-        "every pixel drawn by itself": references.pixel_noise(seen, 1),
-        "thresholds of one marginal map": references.thresholds_of_one_map(seen, 1),
-        "Jensen-Shannon divergence as conflict": references.divergence_as_conflict(seen, scenes, spec),
-    }
-    return {
-        name: [check for check, one in checks(fake, alone, scenes, spec).items() if not one["pass"]]
-        for name, fake in made.items()
-    }
+def fakes(spec: phantom.Spec, numbers: Iterable[int], hypotheses: int) -> dict[str, list[str]]:
+    """The checks that the exact observer and every planted fake fail.
+
+    Where half of the sites hold a lesion, Jensen-Shannon divergence orders conflict and ignorance as kappa does; where
+    lesions are rare and a reader is often silent it does not, so it is judged there.
+    """
+    numbers = list(numbers)
+    rare = dataclasses.replace(spec, prior=0.3, ignorance=(0.05, 0.4))
+    failed: dict[str, list[str]] = {}
+    for kind, words in ((spec, ""), (rare, ", lesions rare")):
+        scenes = phantom.scenes(kind, numbers, 0)
+        seen = references.exact(scenes, kind, hypotheses, 0)
+        found = acceptance.blobs(scenes, kind)
+        single = references.marginals(scenes, references.readers(scenes, kind)[:, 1], kind)
+        made = {"none (the exact observer)": seen}
+        if kind is spec:
+            made |= {
+                "temperature by conflict": references.hot_in_conflict(seen, scenes, kind, found, 1),
+                "every pixel drawn by itself": references.pixel_noise(seen, 1),
+                "thresholds of one marginal map": references.thresholds_of_one_map(seen, 1),
+            }
+        else:
+            made |= {"Jensen-Shannon divergence as conflict": references.divergence_as_conflict(seen, scenes, kind)}
+        for name, fake in made.items():
+            every = checks(fake, acceptance.Alone(single, 0 * seen.kappa), scenes, kind)
+            failed[name + words] = [check for check, one in every.items() if not one["pass"]]
+    return failed
 
 
 def flat(found: Mapping[str, Any]) -> dict[str, float]:
@@ -209,44 +221,53 @@ def flat(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def summarise(runs: Mapping[str, list[dict[str, Any]]], fake: Mapping[str, list[str]]) -> dict[str, Any]:
-    """summary.json from the checks of every run, {variant: one dict of checks per seed}.
+    """summary.json from the checks of every run, {ablation: one dict of checks per seed, in the reference's order}.
 
-    A check of the reference passes when it passes on every seed; its value is the mean over them.
+    A check of the reference passes when it passes on every seed; its value is the mean over them. An ablation is
+    compared with the reference of the same seed: phantoms and initial weights are those of the seed.
     """
     reference = runs[REFERENCE]
     rows = {name: [flat(found) for found in own] for name, own in runs.items()}
-    means = {name: {key: float(np.mean([row[key] for row in own])) for key in own[0]} for name, own in rows.items()}
+    means = {key: float(np.mean([row[key] for row in rows[REFERENCE]])) for key in rows[REFERENCE][0]}
 
     def value(check: str) -> Any:
-        inner = {key.partition(".")[2]: mean for key, mean in means[REFERENCE].items() if key.split(".")[0] == check}
+        inner = {key.partition(".")[2]: mean for key, mean in means.items() if key.split(".")[0] == check}
         return inner.get("", inner)
 
-    done = {
-        check: {
+    done = {}
+    for check, first in reference[0].items():
+        done[check] = {
             "value": value(check),
-            "threshold": reference[0][check]["threshold"],
+            "threshold": first["threshold"],
             "pass": all(found[check]["pass"] for found in reference),
             "seeds": [found[check]["value"] for found in reference],
         }
-        for check in reference[0]
+        if "to_the_rim" in first:
+            done[check]["to_the_rim"] = [found[check]["to_the_rim"] for found in reference]
+    compared = {
+        name: {
+            "expected": ABLATIONS[name].expected,
+            "fails": [check for check, passed in passes(runs[name]).items() if not passed],
+            "figures": {
+                key: _figure([row[key] for row in own], [row[key] for row in rows[REFERENCE]]) for key in own[0]
+            },
+        }
+        for name, own in rows.items()
     }
-    ablations = {}
-    for name, own in rows.items():
-        if name != REFERENCE:
-            ablations[name] = {
-                "expected": ABLATIONS[name].expected,
-                "fails": [check for check, passed in passes(runs[name]).items() if not passed],
-                "figures": {
-                    key: {
-                        "value": means[name][key],
-                        "spread": float(np.std([row[key] for row in own], ddof=1)) if len(own) > 1 else None,
-                        "difference": means[name][key] - means[REFERENCE].get(key, float("nan")),
-                        "n": len(own),
-                    }
-                    for key in own[0]
-                },
-            }
-    return {"checks": done, "fakes": dict(fake), "ablations": ablations}
+    return {"checks": done, "fakes": dict(fake), "ablations": compared}
+
+
+def _figure(own: list[float], reference: list[float]) -> dict[str, Any]:
+    """Mean and spread over seeds, and the mean and spread of the paired differences to the reference."""
+    difference = np.array(own) - reference[: len(own)]
+    spread = [float(np.std(x, ddof=1)) if len(own) > 1 else None for x in (own, difference)]
+    return {
+        "value": float(np.mean(own)),
+        "spread": spread[0],
+        "difference": float(np.mean(difference)),
+        "difference_spread": spread[1],
+        "n": len(own),
+    }
 
 
 def passes(seeds: list[dict[str, Any]]) -> dict[str, bool]:
@@ -270,11 +291,12 @@ def table(summary: Mapping[str, Any]) -> str:
     lines = ["# Phantom suite", "", *_rows(head, rows)]
     fakes_ = [[name, ", ".join(failed) or "none"] for name, failed in summary["fakes"].items()]
     lines += ["", *_rows(["planted fake", "fails"], fakes_)]
-    if summary["ablations"]:
+    if len(summary["ablations"]) > 1:
         names = list(summary["ablations"])
-        lines += ["", "Ablations: value ± spread over seeds (difference to the reference, number of seeds).", ""]
+        lines += ["", "Value ± spread over n seeds; in brackets the difference to the reference of the same seeds.", ""]
         keys = list(summary["ablations"][names[0]]["figures"])
         rows = [["theory", *(summary["ablations"][name]["expected"] for name in names)]]
+        rows += [["seeds", *(str(summary["ablations"][name]["figures"][keys[0]]["n"]) for name in names)]]
         rows += [["fails", *(", ".join(summary["ablations"][name]["fails"]) or "none" for name in names)]]
         rows += [[key, *(_cell(summary["ablations"][name]["figures"][key]) for name in names)] for key in keys]
         lines += _rows(["", *names], rows)
@@ -293,7 +315,7 @@ def table(summary: Mapping[str, Any]) -> str:
 def lines_of(summary: Mapping[str, Any]) -> dict[str, dict[int, float]]:
     """Curves of diversity by steps, a line each model and sampler."""
     return {
-        f"{name.partition(',')[0]}, {method}": {int(steps): value for steps, value in own.items()}
+        f"{name.partition(',')[0]}, {method}": {steps: own[str(steps)] for steps in STEPS}
         for name, both in summary["steps"].items()
         for method, own in both.items()
     }
@@ -305,8 +327,10 @@ def _rows(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _cell(figure: Mapping[str, Any]) -> str:
-    spread = "" if figure["spread"] is None else f" ± {figure['spread']:.2g}"
-    return f"{figure['value']:.3g}{spread} ({figure['difference']:+.2g}, n={figure['n']})"
+    value, difference = f"{figure['value']:.3g}", f"{figure['difference']:+.2g}"
+    if figure["spread"] is not None:
+        value, difference = f"{value} ± {figure['spread']:.2g}", f"{difference} ± {figure['difference_spread']:.2g}"
+    return f"{value} ({difference})" if figure["difference"] else value
 
 
 def _text(value: Any) -> str:
@@ -348,11 +372,38 @@ def judge(config: Any, seed: int, folder: Path) -> dict[str, Any]:
     return checks(seen, alone, scenes, spec)
 
 
+def claim(workdir: Path, asked: dict[str, Any]) -> None:
+    """Writes what a run was asked for. Raises UserError where the folder holds one that was asked for other things."""
+    path = workdir / "asked.json"
+    if path.exists() and json.loads(path.read_text()) != asked:
+        raise UserError(f"{workdir}: was made with another config or version; give another --output, or remove it")
+    workdir.mkdir(parents=True, exist_ok=True)
+    logs.write_json(path, asked)
+
+
+def check(config: Any, output: Path, names: list[str]) -> None:
+    """What the suite cannot do, said before anything is trained."""
+    data = config.data
+    if (
+        data.layout != "phantom"
+        or data.phantom.variant != "binary"
+        or data.phantom.depth != 1
+        or len(data.modalities) != 2
+    ):
+        raise UserError(f"--config: {config.name} is no phantom of one slice with two readers and one kind of lesion")
+    spec = dataset.phantom_spec(data)
+    acceptance.blobs(phantom.scenes(spec, [FIRST], 0), spec)
+    path = output / "summary.json"
+    if path.exists() and not {*json.loads(path.read_text())["ablations"]} <= {*names}:
+        raise UserError(f"{path}: holds results that this command would lose; give another --output")
+
+
 def run(config: Any, output: Path, names: list[str], seeds: int, cases: int) -> dict[str, Any]:
     """Trains, examines and judges every variant on every seed, an open question on one.
 
     What is finished in `output`/runs is not repeated.
     """
+    check(config, output, names)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     curve: dict[str, list[dict[str, Any]]] = {}
     parts: dict[str, list[dict[str, float]]] = {}
@@ -363,10 +414,11 @@ def run(config: Any, output: Path, names: list[str], seeds: int, cases: int) -> 
             wanted = {"seen.npz"}
             if len(names) > 1:  # curves and parts are there to be compared
                 wanted |= {"steps.json"} if name in STEPPED else set()
-                wanted |= {"parts.json"} if name in OPENED else set()
+                wanted |= {"parts.json"} if name in OPENED and seed == 0 else set()
+            asked = {"config": json.loads(own.to_json()), "cases": cases, "hypotheses": HYPOTHESES}
+            claim(workdir, asked)
             if missing := {file for file in wanted if not (workdir / file).exists()}:
                 if ablation.of:
-                    workdir.mkdir(parents=True, exist_ok=True)
                     model = borrowed(ablation, output / "runs" / f"{short(ablation.of)}_{seed}")
                 else:
                     model = trained(own, ablation, workdir)
@@ -386,8 +438,7 @@ def run(config: Any, output: Path, names: list[str], seeds: int, cases: int) -> 
                 parts.setdefault(name, []).append(json.loads((workdir / "parts.json").read_text()))
             failed = [check for check, passed in passes(runs[name][-1:]).items() if not passed]
             print(f"{name}, seed {seed}: fails {', '.join(failed) or 'nothing'}", flush=True)
-    spec = dataset.phantom_spec(config.data)
-    planted = fakes(phantom.scenes(spec, range(FIRST, FIRST + cases), 0), spec, HYPOTHESES)
+    planted = fakes(dataset.phantom_spec(config.data), range(FIRST, FIRST + cases), HYPOTHESES)
     summary = summarise(runs, planted) | {"steps": mean_of(curve), "parts": mean_of(parts)}
     logs.write_json(output / "summary.json", summary)
     logs.write_bytes(output / "phantom.md", table(summary).encode())
@@ -396,8 +447,14 @@ def run(config: Any, output: Path, names: list[str], seeds: int, cases: int) -> 
 
 
 def mean_of(trees: Mapping[str, list[Any]]) -> dict[str, Any]:
-    """Mean over seeds of every figure, {name: the same tree}."""
-    return {name: jax.tree.map(lambda *x: float(np.mean(x)), *own) for name, own in trees.items()}
+    """Mean over seeds of every figure, {name: the same tree}; what a model left undefined is NaN."""
+
+    def mean(*own: Any) -> Any:
+        if isinstance(own[0], dict):
+            return {key: mean(*(one[key] for one in own)) for key in own[0]}
+        return float(np.mean([np.nan if one is None else one for one in own]))
+
+    return {name: mean(*own) for name, own in trees.items()}
 
 
 def draw(config: Any, output: Path, summary: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ def phantom_spec(data: Any) -> phantom.Spec:
         modalities=tuple(data.modalities),
         sites=p.sites,
         prior=p.prior if isinstance(p.prior, int | float) else tuple(p.prior),
-        reliability=tuple(p.reliability),
+        reliability=tuple(tuple(own) if isinstance(own, tuple | list) else own for own in p.reliability),
         ignorance=tuple(p.ignorance),
         radius=p.radius,
         jitter=p.jitter,

@@ -86,10 +86,11 @@ class Spec:
 
     size: (H, W); depth: slices D; modalities: names of the readers; sites: number J of candidate sites;
     prior: P(z_j = 1), in the variant 'class' (P(z_j = 1), P(z_j = 2)); reliability, ignorance: one value per
-    reader (rho_m in (.5, 1), mu0_m in [0, 1)); radius of a lesion; boundary: values of delta; jitter: largest
-    displacement of a site along each axis; snr: contrast over the standard deviation of noise and texture, at
-    least 5, so that evidence is readable; correlated: two readers and the probability that both are correct,
-    which with their reliabilities fixes the table of correct_table (None: all readers are independent).
+    reader (rho_m in (.5, 1), mu0_m in [0, 1)), of reliability also a tuple with one for each site; radius of a
+    lesion; boundary: values of delta; jitter: largest displacement of a site along each axis; snr: contrast over the
+    standard deviation of noise and texture, at least 5, so that evidence is readable; correlated: two readers and the
+    probability that both are correct, which with their reliabilities fixes the table of correct_table (None: all
+    readers are independent).
 
     Raises UserError where a value makes no sense or the sites do not fit into the body without touching.
     """
@@ -99,7 +100,7 @@ class Spec:
     modalities: tuple[str, ...] = ("A", "B")
     sites: int = 4
     prior: float | tuple[float, ...] = 0.5
-    reliability: tuple[float, ...] = (0.95, 0.7)
+    reliability: tuple[float | tuple[float, ...], ...] = (0.95, 0.7)
     ignorance: tuple[float, ...] = (0.1, 0.1)
     radius: float = 5.0
     boundary: tuple[float, ...] = (-1.0, 0.0, 1.0)
@@ -111,7 +112,8 @@ class Spec:
     def __post_init__(self):
         for field in ("size", "modalities", "reliability", "ignorance", "boundary", "prior", "correlated"):
             if isinstance(value := getattr(self, field), Iterable):
-                object.__setattr__(self, field, tuple(value))  # lists are not hashable
+                value = tuple(tuple(v) if isinstance(v, list) else v for v in value)  # lists are not hashable
+                object.__setattr__(self, field, value)
         count = len(self.modalities)
         if self.variant not in VARIANTS:
             raise _mistake("variant", f"is {self.variant!r}: choose one of {', '.join(VARIANTS)}")
@@ -119,8 +121,11 @@ class Spec:
             raise _mistake("modalities", f"has {unknown[0]!r}: the brain variant knows {', '.join(_TISSUE)}")
         if not len(self.reliability) == len(self.ignorance) == count > 0:
             raise _mistake("reliability", f"and ignorance need one value for each of the {count} modalities")
-        if not all(0.5 < r < 1 for r in self.reliability):
-            raise _mistake("reliability", f"is {self.reliability}: every value must lie between .5 and 1")
+        for own in self.reliability:
+            if isinstance(own, tuple) and len(own) != self.sites:
+                raise _mistake("reliability", f"is {self.reliability}: give a reader one value, or one for each site")
+            if not all(0.5 < r < 1 for r in (own if isinstance(own, tuple) else (own,))):
+                raise _mistake("reliability", f"is {self.reliability}: every value must lie between .5 and 1")
         if not all(0 <= q < 1 for q in self.ignorance):
             raise _mistake("ignorance", f"is {self.ignorance}: every value must lie in [0, 1)")
         shares = self.prior if isinstance(self.prior, tuple) else (self.prior,)
@@ -180,6 +185,8 @@ def _mistake(key: str, what: str) -> UserError:
 
 def _check_correlated(spec: Spec) -> None:
     value = spec.correlated
+    if any(isinstance(own, tuple) for own in spec.reliability):
+        raise _mistake("correlated", "readers whose reliability differs by site must be independent")
     if value is None or len(value) != 3 or value[0] == value[1] or not {*value[:2]} <= {*spec.modalities}:
         raise _mistake("correlated", f"is {value}: give two of {', '.join(spec.modalities)} and P(both are correct)")
     table = correct_table(spec)
@@ -204,7 +211,7 @@ def correct_table(spec: Spec) -> Float[np.ndarray, "2 2"]:
     if spec.correlated is None:
         raise ValueError("no readers are correlated")
     both = spec.correlated[2]
-    first, second = (spec.reliability[m] for m in _pair(spec))
+    first, second = (float(reliabilities(spec)[m, 0]) for m in _pair(spec))
     return np.array([[both, first - both], [second - both, 1 - first - second + both]])
 
 
@@ -219,12 +226,17 @@ def prior(spec: Spec) -> Float[np.ndarray, " z"]:
     return np.array([1 - sum(shares), *shares])
 
 
+def reliabilities(spec: Spec) -> Float[np.ndarray, "m j"]:
+    """rho of every reader at every site."""
+    return np.stack([np.broadcast_to(np.asarray(own, float), (spec.sites,)) for own in spec.reliability])
+
+
 def draw_evidence(key: PRNGKeyArray, spec: Spec) -> tuple[Bool[Array, " j"] | Int[Array, " j"], Int[Array, "m j"]]:
     """(z, s): the truth of every site and what every reader displays there."""
     count = len(spec.modalities)
     draws = jax.random.uniform(key, (1 + 2 * count, spec.sites))
     silent = draws[1 : 1 + count] < jnp.asarray(spec.ignorance)[:, None]
-    correct = draws[1 + count :] < jnp.asarray(spec.reliability)[:, None]
+    correct = draws[1 + count :] < jnp.asarray(reliabilities(spec), jnp.float32)
     if pair := _pair(spec):
         first, second = pair
         table = correct_table(spec)
@@ -240,12 +252,14 @@ def draw_evidence(key: PRNGKeyArray, spec: Spec) -> tuple[Bool[Array, " j"] | In
     return truth, jnp.where(silent, 0, said).astype(jnp.int32)
 
 
-def _reading_laws(spec: Spec) -> tuple[Float[np.ndarray, "m e z"], Float[np.ndarray, "e e z"]]:
-    """P(a reader displays e | z, it displays something), and for the correlated pair the ratio of the joint
-    probability of two displays to their product; e = -1, 0, 1 (2). What is not displayed has probability 1."""
+def _reading_laws(spec: Spec) -> tuple[Float[np.ndarray, "m j e z"], Float[np.ndarray, "e e z"]]:
+    """P(a reader displays e | z, it displays something) at every site (a single one where all are alike), and for the
+    correlated pair the ratio of the joint probability of two displays to their product; e = -1, 0, 1 (2). What is not
+    displayed has probability 1."""
     called = np.array([-1, *range(1, spec.values)])  # what a correct reader displays for each z
     display = np.arange(-1, spec.values)[:, None]
-    rho = np.repeat(np.array(spec.reliability)[:, None, None], spec.values, axis=2)
+    varies = any(isinstance(own, tuple) for own in spec.reliability)
+    rho = np.repeat(reliabilities(spec)[:, : None if varies else 1, None, None], spec.values, axis=-1)
     right = display == called
     wrong = (display != 0) & ~right
     if spec.variant == "class":
@@ -258,7 +272,7 @@ def _reading_laws(spec: Spec) -> tuple[Float[np.ndarray, "m e z"], Float[np.ndar
         cell = np.where(right, 0, 1)
         both = (table / np.outer(table.sum(1), table.sum(0)))[cell[:, None], cell[None]]
         shown = (display != 0)[:, None] & (display != 0)[None]
-        ratio = np.where(shown & np.all(rho[list(pair)] < 1, axis=0), both, 1.0)
+        ratio = np.where(shown & np.all(rho[list(pair), 0] < 1, axis=0), both, 1.0)
     return single, ratio
 
 
@@ -271,7 +285,11 @@ def log_likelihood(evidence: Int[Array, "m *j"], present: Bool[Array, " m"], spe
     with np.errstate(divide="ignore"):
         single, ratio = np.log(single), np.log(ratio)
     row = jnp.where(present.reshape(present.shape + (1,) * (evidence.ndim - 1)), evidence, 0) + 1
-    total = sum(jnp.asarray(law, jnp.float32)[row[m]] for m, law in enumerate(single))
+    places = single.shape[1]
+    if places > 1 and evidence.shape[-1] != places:
+        raise ValueError(f"readers differ by site: the last axis of the evidence must be the {places} sites")
+    site = jnp.arange(places) if places > 1 else 0
+    total = sum(jnp.asarray(law, jnp.float32)[site, row[m]] for m, law in enumerate(single))
     if pair := _pair(spec):
         total = total + jnp.asarray(ratio, jnp.float32)[row[pair[0]], row[pair[1]]]
     return jnp.asarray(total)

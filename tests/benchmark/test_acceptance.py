@@ -8,6 +8,7 @@ import pytest
 from entrust_jax.benchmark import acceptance, references
 from entrust_jax.benchmark import phantom as suite
 from entrust_jax.data import phantom, phantom_law
+from entrust_jax.errors import UserError
 from entrust_jax.metrics import distribution
 
 SPEC = phantom.Spec(size=(48, 48), sites=3, radius=4.5, reliability=(0.95, 0.7), ignorance=(0.1, 0.1))
@@ -105,11 +106,19 @@ def test_blobs_and_their_cores(world):
     site = np.asarray(scenes.site)[:, 0]
     for j in range(SPEC.sites):
         assert np.all(site[found.core[:, j]] == j)
-    assert found.core.sum(axis=(2, 3)).min() >= 25
+    assert 16 <= found.core.sum(axis=(2, 3)).min() <= found.core.sum(axis=(2, 3)).max() <= 21  # discs of radius 2.5
     # In a core the label is the truth of its blob.
     label = np.asarray(scenes.label)[:, 0]
     np.testing.assert_allclose(acceptance.over_cores(label.astype(np.float32), found.core), found.truth, atol=1e-9)
     masks = {acceptance.CONFLICT: scenes.conflict, acceptance.IGNORANCE: scenes.ignorance}
+    whole = acceptance.blobs(scenes, SPEC, margin=0.0)
     for kind, mask in masks.items():
-        ours = np.any(found.core & (found.kind == kind)[..., None, None], axis=1)
-        np.testing.assert_array_equal(ours, np.asarray(mask)[:, 0])
+        to_the_rim, ours = (np.any(x.core & (x.kind == kind)[..., None, None], axis=1) for x in (whole, found))
+        np.testing.assert_array_equal(to_the_rim, np.asarray(mask)[:, 0])
+        assert np.all(to_the_rim[ours]) and 0.3 < ours.sum() / to_the_rim.sum() < 0.7
+
+
+def test_blobs_without_a_core_are_refused():
+    small = dataclasses.replace(SPEC, radius=2.5)
+    with pytest.raises(UserError, match=r"radius 2\.5 leaves blobs without a core"):
+        acceptance.blobs(phantom.scenes(small, range(2), 3), small)

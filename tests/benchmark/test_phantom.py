@@ -1,6 +1,5 @@
 """The phantom suite: each ablation does what its name says, and a shrunk run goes from training to table."""
 
-import dataclasses
 import json
 import sys
 
@@ -13,6 +12,7 @@ from entrust_jax import model as entrust
 from entrust_jax.benchmark import ablations, acceptance, references
 from entrust_jax.benchmark import phantom as suite
 from entrust_jax.data import phantom
+from entrust_jax.errors import UserError
 from entrust_jax.layers import apply
 from entrust_jax.segdiff import sampler
 
@@ -28,11 +28,6 @@ def config(repository):
     config.update_from_flattened_dict(
         {
             "data.phantom.cases": (8, 4, 8, 4),
-            "data.phantom.size": (24, 24),
-            "data.phantom.sites": 2,
-            "data.phantom.radius": 2.5,
-            "data.phantom.jitter": 0.5,
-            "data.patch": (24, 24),
             "model.widths": (4, 4),
             "model.d_c": 4,
             "model.d_u": 4,
@@ -113,6 +108,21 @@ def test_without_independence_only_that_term_is_gone(config):
         np.testing.assert_allclose(terms[0][name], terms[1][name], rtol=1e-5)
 
 
+def test_without_own_evidence_nothing_of_the_noisy_mask_is_copied(config):
+    networks = [suite.own_network(config, ablations.ABLATIONS[v]) for v in ("no own evidence", ablations.REFERENCE)]
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(networks[1].init, {"params": key, "dropout": key}, BATCH, key)
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)  # a network that says nothing by itself
+    evidence = apply(
+        networks[1], params, *(jnp.asarray(BATCH[n]) for n in ("image", "coordinates", "body")), method="encode"
+    )
+    condition = apply(networks[1], params, evidence, jnp.ones((B, M, SIZE, SIZE)), method="fuse")
+    x, level = jnp.asarray(some(B, SIZE, SIZE, 2, seed=5)), jnp.array([4.0, 4.0])
+    silent, copying = (apply(network, params, x, level, condition, method="denoise") for network in networks)
+    np.testing.assert_allclose(silent, 0, atol=1e-4)
+    assert np.ptp(copying) > 1
+
+
 def test_recycled_masks_know_nothing_of_the_truth():
     one, two = (jnp.where(some(B, 4, 4, 2, seed=s) > 0, 0.2, -0.2) for s in (1, 2))
     eps, level = jnp.asarray(some(B, 4, 4, 2, seed=3)), jnp.array([-12.0, 6.0])  # a share of every batch is pure noise
@@ -178,7 +188,7 @@ def test_noise_is_hot_in_conflict_and_only_while_asked(method):
 
 
 def test_a_run_goes_from_training_to_table_and_repeats_nothing(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(suite, "STEPS", (1, 2))
+    monkeypatch.setattr(suite, "STEPS", (2, 16))
     names = [ablations.REFERENCE, "A5 head sees entropy alone", "A8 temperature by conflict"]
     summary = suite.run(config, tmp_path, names, 1, 6)
     written = json.loads((tmp_path / "summary.json").read_text())
@@ -187,7 +197,10 @@ def test_a_run_goes_from_training_to_table_and_repeats_nothing(config, tmp_path,
         assert {"value", "threshold", "pass"} <= set(one)
     assert not written["checks"]["G1"]["pass"]  # nothing can be learnt in two steps
     assert written["checks"]["G11"]["value"]["kappa"] == 0
-    assert len(written["fakes"]) == 5 and set(written["ablations"]) == set(names[1:])
+    assert len(written["fakes"]) == 6 and set(written["ablations"]) == set(names)
+    maps = [np.load(tmp_path / "runs" / f"{suite.short(name)}_0" / "seen.npz") for name in (names[0], names[2])]
+    np.testing.assert_array_equal(maps[0]["one_step"], maps[1]["one_step"])  # a temperature is of the hypotheses alone
+    assert np.any(maps[0]["hypotheses"] != maps[1]["hypotheses"])  # and was not lost to a program compiled before
     for own in written["steps"][ablations.REFERENCE].values():
         assert list(own) == [str(s) for s in suite.STEPS]
     assert "kappa changes elsewhere" in written["parts"][ablations.REFERENCE]
@@ -200,33 +213,57 @@ def test_a_run_goes_from_training_to_table_and_repeats_nothing(config, tmp_path,
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()} == before
 
 
-def test_a_check_passes_when_every_seed_does():
+def test_a_check_passes_when_every_seed_does_and_ablations_are_compared_seed_by_seed():
     good = {
-        "G3": {"value": 0.95, "threshold": 0.9, "pass": True},
+        "G3": {"value": 0.95, "threshold": 0.9, "pass": True, "to_the_rim": 0.9},
         "G1": {"value": {"a": 1.0}, "threshold": {}, "pass": True},
     }
-    bad = good | {"G3": {"value": 0.85, "threshold": 0.9, "pass": False}}
-    name = "A1 recycling"
-    found = suite.summarise({ablations.REFERENCE: [good, bad], name: [bad, bad]}, {})
+    bad = good | {"G3": {"value": 0.85, "threshold": 0.9, "pass": False, "to_the_rim": 0.8}}
+    one, two = "A1 recycling", "A0 mean fusion"
+    found = suite.summarise({ablations.REFERENCE: [good, bad], one: [bad, bad], two: [good]}, {})
     assert found["checks"]["G3"] == {
         "value": pytest.approx(0.9),
         "threshold": 0.9,
         "pass": False,
         "seeds": [0.95, 0.85],
+        "to_the_rim": [0.9, 0.8],
     }
     assert found["checks"]["G1"]["value"] == {"a": 1.0} and found["checks"]["G1"]["pass"]
-    figure = found["ablations"][name]["figures"]["G3"]
+    figure = found["ablations"][one]["figures"]["G3"]
     assert figure["difference"] == pytest.approx(-0.05) and figure["spread"] == 0 and figure["n"] == 2
-    assert found["ablations"][name]["fails"] == ["G3"]
+    assert figure["difference_spread"] == pytest.approx(np.std([-0.1, 0.0], ddof=1))
+    assert found["ablations"][one]["fails"] == ["G3"]
+    single = found["ablations"][two]["figures"]["G3"]  # the reference of its own seed, not the mean over seeds
+    assert single["difference"] == 0 and single["spread"] is None and single["n"] == 1
 
 
 def test_the_planted_fakes_are_found_out():
-    spec = phantom.Spec(size=(32, 32), sites=2, radius=3.5, jitter=0.5, reliability=(0.95, 0.7), ignorance=(0.1, 0.1))
-    failed = suite.fakes(phantom.scenes(spec, range(300), 0), spec, 16)
-    assert failed["none (the exact observer)"] == []
+    spec = phantom.Spec(size=(32, 32), sites=2, radius=4.0, jitter=0.5, reliability=(0.95, 0.7), ignorance=(0.1, 0.1))
+    failed = suite.fakes(spec, range(300), 16)
+    assert failed["none (the exact observer)"] == failed["none (the exact observer), lesions rare"] == []
     assert "G3" in failed["every pixel drawn by itself"]
     assert "G7" in failed["thresholds of one marginal map"]
     assert {"G2", "G4"} <= set(failed["temperature by conflict"])
+    assert failed["Jensen-Shannon divergence as conflict, lesions rare"] == ["G6"]
+
+
+def test_a_finished_run_is_not_taken_for_another(config, tmp_path):
+    asked = {"config": json.loads(config.to_json()), "cases": 6, "hypotheses": 24}
+    suite.claim(tmp_path / "run", asked)
+    suite.claim(tmp_path / "run", asked)
+    with pytest.raises(UserError, match="was made with another config"):
+        suite.claim(tmp_path / "run", asked | {"cases": 7})
+
+
+def test_what_the_suite_cannot_judge_is_refused_before_anything_is_trained(config, tmp_path):
+    other = config.copy_and_resolve_references()
+    other.data.phantom.depth = 2
+    with pytest.raises(UserError, match="no phantom of one slice"):
+        suite.check(other, tmp_path, [ablations.REFERENCE])
+    (tmp_path / "summary.json").write_text(json.dumps({"ablations": {"reference": 0, "A1 recycling": 0}}))
+    with pytest.raises(UserError, match="would lose"):
+        suite.check(config, tmp_path, [ablations.REFERENCE])
+    suite.check(config, tmp_path, [*ablations.ABLATIONS])
 
 
 def test_without_a_modality_nothing_of_it_is_left(config):
@@ -235,6 +272,5 @@ def test_without_a_modality_nothing_of_it_is_left(config):
     alone = suite.without(volume, 1)
     assert list(alone.present) == [True, False]
     assert np.all(alone.image[1] == 0) and np.any(volume.image[1] != 0)
-    assert dataclasses.replace(alone, image=volume.image, present=volume.present) is not volume
     found = acceptance.blobs(phantom.scenes(spec, range(4), 0), spec)
     assert references.readers(phantom.scenes(spec, range(4), 0), spec).shape == (4, 4, found.posterior.shape[1])

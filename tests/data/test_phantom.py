@@ -245,6 +245,21 @@ def test_class_conflict():
     assert drawn.boundary.any() and drawn.ignorance.any()
 
 
+def test_readers_may_be_reliable_at_different_places():
+    spec = dataclasses.replace(TWO, sites=2, prior=0.5, reliability=[[0.95, 0.7], [0.7, 0.95]])
+    opposed = jnp.array([[1, 1], [-1, -1]])  # the first says lesion at both sites, the second at neither
+    odds = (0.95 / 0.05) * (0.3 / 0.7)
+    np.testing.assert_allclose(phantom.posterior(opposed, BOTH, spec), [odds / (1 + odds), 1 / (1 + odds)], rtol=1e-5)
+    np.testing.assert_allclose(phantom.posterior(opposed, jnp.array([True, False]), spec), [0.95, 0.7], rtol=1e-5)
+    z, said = jax.vmap(lambda key: phantom.draw_evidence(key, spec))(jax.random.split(jax.random.key(0), 4000))
+    right = (said == jnp.where(z, 1, -1)[:, None]).sum(0) / (said != 0).sum(0)
+    np.testing.assert_allclose(right, [[0.95, 0.7], [0.7, 0.95]], atol=0.03)
+    with pytest.raises(ValueError, match="last axis"):
+        phantom.posterior(jnp.ones((2, 3), jnp.int32), BOTH, spec)
+    with pytest.raises(UserError, match="one for each site"):
+        dataclasses.replace(TWO, sites=2, reliability=((0.9, 0.8, 0.7), 0.9))
+
+
 def test_one_liar_among_four_readers():
     spec = phantom.Spec(modalities=tuple("ABCD"), reliability=(0.9,) * 4, ignorance=(0.0,) * 4)
     said = jnp.array([[1, -1], [1, 1], [-1, 1], [1, 1]])
