@@ -375,10 +375,11 @@ def judge(config: Any, seed: int, folder: Path) -> dict[str, Any]:
 def claim(workdir: Path, asked: dict[str, Any]) -> None:
     """Writes what a run was asked for. Raises UserError where the folder holds one that was asked for other things."""
     path = workdir / "asked.json"
-    if path.exists() and json.loads(path.read_text()) != asked:
+    if not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        logs.write_json(path, asked)
+    elif json.loads(path.read_text()) != asked:
         raise UserError(f"{workdir}: was made with another config or version; give another --output, or remove it")
-    workdir.mkdir(parents=True, exist_ok=True)
-    logs.write_json(path, asked)
 
 
 def check(config: Any, output: Path, names: list[str]) -> None:

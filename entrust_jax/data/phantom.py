@@ -112,8 +112,7 @@ class Spec:
     def __post_init__(self):
         for field in ("size", "modalities", "reliability", "ignorance", "boundary", "prior", "correlated"):
             if isinstance(value := getattr(self, field), Iterable):
-                value = tuple(tuple(v) if isinstance(v, list) else v for v in value)  # lists are not hashable
-                object.__setattr__(self, field, value)
+                object.__setattr__(self, field, tuple(value))  # lists are not hashable
         count = len(self.modalities)
         if self.variant not in VARIANTS:
             raise _mistake("variant", f"is {self.variant!r}: choose one of {', '.join(VARIANTS)}")

@@ -246,7 +246,7 @@ def test_class_conflict():
 
 
 def test_readers_may_be_reliable_at_different_places():
-    spec = dataclasses.replace(TWO, sites=2, prior=0.5, reliability=[[0.95, 0.7], [0.7, 0.95]])
+    spec = dataclasses.replace(TWO, sites=2, prior=0.5, reliability=((0.95, 0.7), (0.7, 0.95)))
     opposed = jnp.array([[1, 1], [-1, -1]])  # the first says lesion at both sites, the second at neither
     odds = (0.95 / 0.05) * (0.3 / 0.7)
     np.testing.assert_allclose(phantom.posterior(opposed, BOTH, spec), [odds / (1 + odds), 1 / (1 + odds)], rtol=1e-5)
