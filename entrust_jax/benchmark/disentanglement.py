@@ -87,7 +87,7 @@ def measure(model: api.Trained, volumes: list[Volume], scenes: phantom.Scene, sp
     half = len(label) // 2
     found["Dice of p_1"] = dice(predicted(model, volumes)[half:, : label.shape[1], : label.shape[2]], label[half:])
     strength = np.linalg.norm(parts.F_cf, axis=-1).repeat(model.network.factor, 1).repeat(model.network.factor, 2)
-    maps = {"kappa": parts.kappa, "|F_cf|": strength[:, : label.shape[1], : label.shape[2]], "JS": parts.js}
+    maps = {"kappa": parts.kappa, "F_cf norm": strength[:, : label.shape[1], : label.shape[2]], "JS": parts.js}
     for name, x in maps.items():
         found |= {f"AUROC {name}, conflict against {other}": v for other, v in ranking(x, scenes, spec).items()}
     return found | intervention(model, spec, [volume.number for volume in volumes])
