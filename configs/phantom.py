@@ -6,7 +6,7 @@
     python -m entrust_jax.train --config=configs/phantom.py:correlated       (two of three readers err together)
     python -m entrust_jax.train --config=configs/phantom.py:four_readers     (four readers of reliability .9)
 
-Time: ten minutes on one core, six on two (32 x 32 pixels, half resolution inside). Score of the first variant, three
+Time: about ten minutes on one core, calibration included (32 x 32 pixels, half resolution inside). Score of the first variant, three
 seeds: beliefs in blobs in conflict are within .02 of the exact posterior on average (docs/evidence/phantom); the others
 were not run here.
 
