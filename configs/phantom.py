@@ -6,9 +6,9 @@
     python -m entrust_jax.train --config=configs/phantom.py:correlated       (two of three readers err together)
     python -m entrust_jax.train --config=configs/phantom.py:four_readers     (four readers of reliability .9)
 
-Time: about ten minutes on one core, calibration included (32 x 32 pixels, half resolution inside). Score of the first variant, three
-seeds: beliefs in blobs in conflict are within .02 of the exact posterior on average (docs/evidence/phantom); the others
-were not run here.
+Time: about ten minutes on one core, calibration included (32 x 32 pixels, half resolution inside). Score of the first
+variant, three seeds: beliefs in blobs in conflict are within .02 of the exact posterior on average
+(docs/evidence/phantom); the others were not run here.
 
 Where the two readers contradict each other Bayes gives .89 to the reliable one; averaging gives .63, "conflict is
 maximal entropy" .5. Where the two correlated readers contradict the third, Bayes gives .65 to the third; a product of
