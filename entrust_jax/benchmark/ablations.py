@@ -185,7 +185,7 @@ ABLATIONS: Mapping[str, Ablation] = {
         "conflict map as good at this base rate", network=DivergenceAsConflict, question=True
     ),
     "A10 b = .07": Ablation(
-        "few steps suffice less", config={"diffusion.b": 0.07, "diffusion.lambda_max": 8.5}, question=True
+        "needs more steps", config={"diffusion.b": 0.07, "diffusion.lambda_max": 8.5}, question=True
     ),
     "A11 foreign conflict features": Ablation(
         "worse in conflict", network=ForeignConflict, of=REFERENCE, question=True

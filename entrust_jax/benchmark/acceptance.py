@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Integer, UInt8
 
 from entrust_jax.data import phantom, phantom_law
 from entrust_jax.errors import UserError
-from entrust_jax.metrics import calibration, usefulness
+from entrust_jax.metrics import calibration, distribution, usefulness
 
 AGREE, CONFLICT, IGNORANCE = range(3)
 KINDS = ("agree", "conflict", "ignorance")
@@ -64,7 +64,7 @@ class Observation(NamedTuple):
 
 
 class Alone(NamedTuple):
-    """What it says of the same phantoms without their second modality."""
+    """What it says of n phantoms in one step; of those without their second modality in G11."""
 
     one_step: Float[np.ndarray, "n h w k"]
     kappa: Float[np.ndarray, "n h w"]
@@ -233,8 +233,10 @@ def g7_joint(seen: Observation, laws: Sequence[phantom_law.Law], found: Blobs) -
     """
     count = seen.hypotheses.shape[1]
     own = np.array([phantom_law.mean_distance(law) for law in laws])
-    pairs = zip(laws, seen.hypotheses, strict=True)
-    ged = own + np.array([phantom_law.ged_squared(law, drawn[:, None]) for law, drawn in pairs])
+    ged = []
+    for law, drawn in zip(laws, seen.hypotheses, strict=True):
+        spread = distribution.mean_self_distance(distribution.pairwise_distance(drawn, drawn, (1,)), "v")
+        ged.append(2 * phantom_law.distance_to(law, drawn[:, None]).mean() - spread)
     there = (shown(seen.hypotheses, found) >= 0.5).astype(np.float64)
     correlations = []
     for indicator, open_ in zip(there, uncertain(found), strict=True):
@@ -244,7 +246,7 @@ def g7_joint(seen: Observation, laws: Sequence[phantom_law.Law], found: Blobs) -
             matrix = np.corrcoef(blobs_.T)
             correlations.append(matrix[np.triu_indices(len(matrix), 1)])
     correlation = _mean(np.concatenate(correlations)) if correlations else float("nan")
-    value = {"ged": float(ged.mean() / ((1 + 1 / count) * own.mean())) - 1, "correlation": correlation}
+    value = {"ged": float(np.mean(ged) / ((1 + 1 / count) * own.mean())) - 1, "correlation": correlation}
     limit = THRESHOLDS["G7"]
     return _check(value, limit, all(abs(value[name]) <= limit[name] for name in limit))
 

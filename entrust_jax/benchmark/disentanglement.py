@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 from jaxtyping import Array, Bool, Float, Integer
+from scipy.ndimage import distance_transform_edt
 from scipy.spatial.distance import cdist
 from scipy.special import expit
 
-from entrust_jax import api, inference
+from entrust_jax import api
 from entrust_jax.benchmark import acceptance
 from entrust_jax.data import phantom, pipeline
 from entrust_jax.data.preprocess import Volume
@@ -25,7 +26,6 @@ from entrust_jax.enfuse import objective
 from entrust_jax.layers import apply
 from entrust_jax.metrics import usefulness
 from entrust_jax.model import EnTrust
-from entrust_jax.runtime import mesh
 
 PIXELS = 16  # per case, in the distance correlation: its cost grows with the square of all of them
 PERMUTATIONS = 99
@@ -48,8 +48,8 @@ class Parts(NamedTuple):
 def parts_of(model: api.Trained, volumes: list[Volume]) -> Parts:
     """Encodes and fuses phantoms of one slice each, every modality there."""
     assert isinstance(model.network, EnTrust)
-    slices = [pipeline.evaluation_slices(volume, multiple=api.multiple(model.config)) for volume in volumes]
-    batch = {name: np.concatenate([one[name] for one in slices]) for name in ("image", "coordinates", "body")}
+    stacked = pipeline.stacked_slices(volumes, multiple=api.multiple(model.config))
+    batch = {name: stacked[name] for name in ("image", "coordinates", "body")}
     everything = np.ones(batch["image"].shape, np.float32)
     evidence, fused = jax.device_get(_encode(model.network, jax.device_get(model.params), batch, everything))
     h, w = volumes[0].body.shape[1:]
@@ -69,8 +69,14 @@ def _encode(network: EnTrust, params: Any, batch: dict[str, Array], availability
     return evidence, apply(network, params, evidence, availability, method="fuse").fused
 
 
-def measure(model: api.Trained, volumes: list[Volume], scenes: phantom.Scene, spec: phantom.Spec) -> dict[str, float]:
-    """Every figure by name; `scenes` are the phantoms of `volumes`."""
+def measure(
+    model: api.Trained,
+    volumes: list[Volume],
+    scenes: phantom.Scene,
+    spec: phantom.Spec,
+    one_step: Float[np.ndarray, "n h w k"],
+) -> dict[str, float]:
+    """Every figure by name; `scenes` are the phantoms of `volumes`, `one_step` what the full model says of them."""
     parts = parts_of(model, volumes)
     found: dict[str, float] = {}
     for name, (y, z) in pairs(parts).items():
@@ -85,23 +91,12 @@ def measure(model: api.Trained, volumes: list[Volume], scenes: phantom.Scene, sp
     for name, x in (("F_c", parts.F_c), ("u", np.concatenate(list(parts.u), axis=-1)), ("noise", noise[0])):
         found[f"Dice of a probe on {name}"] = label_probe(x, label, model.network.factor)
     half = len(label) // 2
-    found["Dice of p_1"] = dice(predicted(model, volumes)[half:, : label.shape[1], : label.shape[2]], label[half:])
+    found["Dice of p_1"] = dice(one_step[half:, ..., 0] < 0.5, label[half:])
     strength = np.linalg.norm(parts.F_cf, axis=-1).repeat(model.network.factor, 1).repeat(model.network.factor, 2)
     maps = {"kappa": parts.kappa, "F_cf norm": strength[:, : label.shape[1], : label.shape[2]], "JS": parts.js}
     for name, x in maps.items():
         found |= {f"AUROC {name}, conflict against {other}": v for other, v in ranking(x, scenes, spec).items()}
-    return found | intervention(model, spec, [volume.number for volume in volumes])
-
-
-def predicted(model: api.Trained, volumes: list[Volume]) -> Bool[np.ndarray, "n h w"]:
-    """The full model's one-step mask, {p_1 > 1/2}."""
-    slices = [pipeline.evaluation_slices(volume, multiple=api.multiple(model.config)) for volume in volumes]
-    batch = {name: np.concatenate([one[name] for one in slices]) for name in slices[0]}
-    static = {"model": model.network, "sampler": inference.sampler_of(model.config), "mesh": model.mesh}
-    size = mesh.round_to_devices(len(volumes), model.mesh)
-    (piece,) = pipeline.chunks(batch, size)
-    _, maps = inference.look(model.params, piece, jax.random.key(model.config.seed), **static)
-    return np.asarray(maps["one_step"])[: len(volumes), ..., 0] < 0.5
+    return found | intervention(model, parts.kappa, scenes, spec, [volume.number for volume in volumes])
 
 
 def dice(a: Bool[np.ndarray, "n h w"], b: Bool[np.ndarray, "n h w"]) -> float:
@@ -123,7 +118,9 @@ def pairs(parts: Parts) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found | {"(F_c, F_cf)": (parts.F_c, parts.F_cf)}
 
 
-def squared_correlation(y: np.ndarray, z: np.ndarray, inside: np.ndarray) -> float:
+def squared_correlation(
+    y: Float[np.ndarray, "n t s d"], z: Float[np.ndarray, "n t s e"], inside: Bool[np.ndarray, "n t s"]
+) -> float:
     """Mean R_ij^2 over channels with each case's mean taken off, less 1 / (n - B): its mean under independence."""
     mask = inside.reshape(len(inside), -1).astype(np.float32)
     a, b = (objective.centred_per_case(jnp.asarray(x.reshape(*mask.shape, -1)), jnp.asarray(mask)) for x in (y, z))
@@ -131,7 +128,9 @@ def squared_correlation(y: np.ndarray, z: np.ndarray, inside: np.ndarray) -> flo
     return float(found - 1 / (mask.sum() - len(mask)))
 
 
-def distance_correlation(y: np.ndarray, z: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
+def distance_correlation(
+    y: Float[np.ndarray, "n t s d"], z: Float[np.ndarray, "n t s e"], inside: Bool[np.ndarray, "n t s"]
+) -> tuple[float, float]:
     """dCor of PIXELS random pixels of every case, and the share of permutations of the cases that reach it."""
     rng = np.random.default_rng(0)
     masks = inside.reshape(len(inside), -1)
@@ -213,16 +212,22 @@ def ranking(x: Float[np.ndarray, "n h w"], scenes: phantom.Scene, spec: phantom.
     }
 
 
-def intervention(model: api.Trained, spec: phantom.Spec, numbers: list[int]) -> dict[str, float]:
-    """Flips what the second reader shows of the first blob: mean change of kappa in its core, and away from it."""
-    seed = model.config.seed
-    before, after = (parts_of(model, phantom.volumes(spec, numbers, seed, flip=flip)) for flip in (None, (1, 0)))
-    scenes = phantom.scenes(spec, numbers, seed)
-    change = np.abs(after.kappa - before.kappa)
+def intervention(
+    model: api.Trained,
+    before: Float[np.ndarray, "n h w"],
+    scenes: phantom.Scene,
+    spec: phantom.Spec,
+    numbers: list[int],
+) -> dict[str, float]:
+    """Flips what the second reader shows of the first blob: mean change of kappa in its core, and away from it.
+
+    before: kappa of the phantoms with these numbers as they are.
+    """
+    change = np.abs(parts_of(model, phantom.volumes(spec, numbers, model.config.seed, flip=(1, 0))).kappa - before)
     site, distance = np.asarray(scenes.site)[:, 0], np.asarray(scenes.distance)[:, 0]
     shown = np.asarray(scenes.evidence)[:, :, 0].all(axis=1)  # a reader who shows nothing has nothing to flip
     body = np.asarray(scenes.body)[:, 0]
-    near = (distance <= spec.radius + max(spec.boundary) + RIM) & (_nearest(site, distance) == 0)
+    near = (distance <= spec.radius + max(spec.boundary) + RIM) & (_nearest(site) == 0)
     core = (distance <= spec.radius + min(spec.boundary)) & (site == 0)
     return {
         "kappa changes in the flipped blob": float(change[shown][core[shown]].mean()),
@@ -230,10 +235,8 @@ def intervention(model: api.Trained, spec: phantom.Spec, numbers: list[int]) -> 
     }
 
 
-def _nearest(site: Integer[np.ndarray, "n h w"], distance: Float[np.ndarray, "n h w"]) -> Integer[np.ndarray, "n h w"]:
+def _nearest(site: Integer[np.ndarray, "n h w"]) -> Integer[np.ndarray, "n h w"]:
     """The site of each pixel, also of those just beyond its reach: that of the nearest pixel within reach."""
-    from scipy.ndimage import distance_transform_edt
-
     found = np.empty_like(site)
     for i, one in enumerate(site):
         index = distance_transform_edt(one < 0, return_distances=False, return_indices=True)

@@ -26,7 +26,7 @@ from entrust_jax.data import dataset, phantom, phantom_law, pipeline
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.report import curves
-from entrust_jax.runtime import logs
+from entrust_jax.runtime import logs, mesh
 from entrust_jax.trustmap import calibration, case
 
 HYPOTHESES = 24
@@ -93,9 +93,20 @@ def without(volume: Volume, modality: int) -> Volume:
 
 def chunks(model: api.Trained, volumes: list[Volume]) -> Iterator[dict[str, np.ndarray]]:
     """Batches of one compiled shape that hold phantoms of one slice each, the last filled up."""
-    size = -(-SLICES // model.mesh.size) * model.mesh.size
-    slices = [pipeline.evaluation_slices(volume, multiple=api.multiple(model.config)) for volume in volumes]
-    return pipeline.chunks({name: np.concatenate([one[name] for one in slices]) for name in slices[0]}, size)
+    batch = pipeline.stacked_slices(volumes, multiple=api.multiple(model.config))
+    return pipeline.chunks(batch, mesh.round_to_devices(SLICES, model.mesh))
+
+
+def glance(model: api.Trained, volumes: list[Volume]) -> acceptance.Alone:
+    """What a trained model says of phantoms of one slice each in one step, without hypotheses."""
+    static = {"model": model.network, "sampler": inference.sampler_of(model.config), "mesh": model.mesh}
+    one_step, kappa = [], []
+    for piece in chunks(model, volumes):
+        _, maps = inference.look(model.params, piece, jax.random.key(model.config.seed), **static)
+        one_step.append(np.asarray(maps["one_step"]))
+        kappa.append(np.asarray(maps["conflict"]) * piece["body"])
+    h, w = volumes[0].body.shape[1:]
+    return acceptance.Alone(*(np.concatenate(x)[: len(volumes), :h, :w] for x in (one_step, kappa)))
 
 
 def observe(model: api.Trained, volumes: list[Volume], hypotheses: int) -> Observation:
@@ -145,17 +156,19 @@ def observe(model: api.Trained, volumes: list[Volume], hypotheses: int) -> Obser
 def by_steps(model: api.Trained, volumes: list[Volume], scenes: phantom.Scene) -> dict[str, Any]:
     """Diversity of hypotheses drawn in few and in many steps: {sampler: {steps: figure}}."""
     found: dict[str, Any] = {method: {} for method in METHODS}
-    key = jax.random.key(model.config.seed)
+    key, own = jax.random.key(model.config.seed), inference.sampler_of(model.config)
     h, w = volumes[0].body.shape[1:]
+    pieces = list(chunks(model, volumes))
+    static = {"model": model.network, "mesh": model.mesh}
+    evidence = [inference.look(model.params, piece, key, sampler=own, **static)[0] for piece in pieces]
     for method, steps in itertools.product(METHODS, STEPS):
-        chain = dataclasses.replace(inference.sampler_of(model.config), method=method, steps=steps)
-        static = {"model": model.network, "sampler": chain, "mesh": model.mesh}
-        members = []
-        for piece in chunks(model, volumes):
-            evidence, _ = inference.look(model.params, piece, key, **static)
-            _, own = inference.draw(model.params, evidence, piece, key, hypotheses=HYPOTHESES, **static)
-            members.append(np.asarray(own)[:, :, :h, :w])
-        found[method][str(steps)] = acceptance.diversity(np.concatenate(members)[: len(volumes)], scenes)
+        chain = dataclasses.replace(own, method=method, steps=steps)
+        members = [
+            inference.draw(model.params, seen, piece, key, sampler=chain, hypotheses=HYPOTHESES, **static)[1]
+            for seen, piece in zip(evidence, pieces, strict=True)
+        ]
+        drawn = np.concatenate([np.asarray(x) for x in members])[: len(volumes), :, :h, :w]
+        found[method][str(steps)] = acceptance.diversity(drawn, scenes)
     return found
 
 
@@ -352,8 +365,7 @@ def examine(config: Any, ablation: Ablation, model: api.Trained, seed: int, case
     volumes = phantom.volumes(spec, range(FIRST, FIRST + cases), seed)
     with ablation.drawing():
         seen = observe(model, volumes, HYPOTHESES)
-    alone = observe(model, [without(volume, 1) for volume in volumes], 2)
-    save(folder / "alone.npz", acceptance.Alone(alone.one_step, alone.kappa))
+    save(folder / "alone.npz", glance(model, [without(volume, 1) for volume in volumes]))
     save(folder / "seen.npz", seen)
 
 
@@ -431,7 +443,9 @@ def run(config: Any, output: Path, names: list[str], seeds: int, cases: int) -> 
                 if "steps.json" in missing:
                     logs.write_json(workdir / "steps.json", by_steps(model, volumes, scenes))
                 if "parts.json" in missing:
-                    logs.write_json(workdir / "parts.json", disentanglement.measure(model, volumes, scenes, spec))
+                    one_step = glance(model, volumes).one_step
+                    found = disentanglement.measure(model, volumes, scenes, spec, one_step)
+                    logs.write_json(workdir / "parts.json", found)
             runs[name].append(judge(own, seed, workdir))
             if "steps.json" in wanted:
                 curve.setdefault(name, []).append(json.loads((workdir / "steps.json").read_text()))

@@ -238,6 +238,12 @@ def evaluation_slices(volume: Volume, *, multiple: int) -> Batch:
     }
 
 
+def stacked_slices(volumes: Sequence[Volume], *, multiple: int) -> Batch:
+    """`evaluation_slices` of volumes of one in-plane size, one after the other in one batch."""
+    slices = [evaluation_slices(volume, multiple=multiple) for volume in volumes]
+    return {name: np.concatenate([one[name] for one in slices]) for name in slices[0]}
+
+
 def crop(array: np.ndarray, volume: Volume) -> np.ndarray:
     """Undoes the padding of `evaluation_slices` for an array [D, Hp, Wp, ...]."""
     _, height, width = volume.body.shape

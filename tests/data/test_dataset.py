@@ -42,6 +42,7 @@ def test_a_pattern_that_does_not_fit_is_one_clear_error(pattern, said):
     ("variant", "expected"),
     [
         ("", {}),
+        ("places", {"reliability": ((0.95, 0.7), (0.7, 0.95))}),
         ("class_conflict", {"variant": "class", "prior": (0.35, 0.35)}),
         ("correlated", {"reliability": (0.9, 0.8, 0.8), "correlated": ("B", "C", 0.76)}),
         ("four_readers", {"reliability": (0.9,) * 4, "modalities": ("A", "B", "C", "D")}),
