@@ -21,7 +21,7 @@ from entrust_jax.segdiff import schedule
 from entrust_jax.segdiff.denoiser import Denoiser, Projection, Projections
 
 RHO_SHARE = 0.3  # of stage 1, over which the conflict gate closes from 1 to 0
-XCOV_SHARE = 0.2  # of stage 1, over which the independence term is ramped in
+XCOV_SHARE = 0.2  # of stage 1, over which the terms of independence are ramped in
 FUSE_WEIGHT = 0.3  # of L_fuse beside L_diff in stage 2a
 NULL_SHARE = 0.05  # of the cases, which lose every modality: the null condition of the attribution
 
@@ -107,7 +107,8 @@ class EnTrust(nn.Module):
         condition = self.fuse(evidence, availability, rho=rho, conflict_scale=conflict_scale)
         fused, body, weight = condition.fused, _body(batch), _weight(batch)
         present = fused.present
-        cross, cross_weight = _cross_consensus(key, evidence, fused, self.factor)
+        k_cross, k_phase = jax.random.split(key)
+        cross, cross_weight = _cross_consensus(k_cross, evidence, fused, self.factor)
         consensus, redrawn = self.auxiliary(fused, cross, fused.F_u[1])
 
         terms = {
@@ -119,7 +120,7 @@ class EnTrust(nn.Module):
             "rec": _reconstruction(redrawn, batch["image"], cross_weight, body, present, self.factor),
             "prior": over_cases(case_mean(cross_entropy(evidence.prior_logits, batch["label"]), body), weight),
         }
-        terms |= _part_terms(evidence, fused, body, self.factor)
+        terms |= _part_terms(k_phase, evidence, fused, body, self.factor)
         # Validation drops nothing, so only slots that kept all they have are comparable with it.
         kept = weight * jnp.all(availability == _availability(batch), axis=tuple(range(1, availability.ndim)))
         kappa = jnp.sum(kept * case_mean(fused.kappa, body))
@@ -167,43 +168,51 @@ def _weight(batch: Batch) -> Float[Array, " b"]:
     return batch["weight"] * batch["valid"] * some
 
 
-def _samples(x: Float[Array, "b *t d"], scale: int) -> Float[Array, "b n d"]:
-    """A scale's voxels on the grid of STRIDED_SCALE, flattened: the same n for every scale, so that all go in one call.
+def _samples(x: Float[Array, "b *t d"], scale: int, phase: Int[Array, " axes"]) -> Float[Array, "b n d"]:
+    """A scale's voxels on a lattice of STRIDED_SCALE's spacing, flattened: the same n for every scale, so that all go
 
-    Finer scales are strided, for neighbours are no independent samples; coarser ones repeat their voxels.
+    in one call. Finer scales are strided, for neighbours are no independent samples; coarser ones repeat their voxels.
+    phase: where the lattice begins, in voxels of the finest scale. It moves from step to step: a network tells the
+    phases of a lattice apart, and would be independent on a fixed one alone.
     """
     if scale > STRIDED_SCALE:
         x = upsample(x, 2 ** (scale - STRIDED_SCALE))
     stride = 2 ** max(STRIDED_SCALE - scale, 0)
-    index = (slice(None),) + (slice(stride // 2, None, stride),) * (x.ndim - 2)
-    x = x[index]
+    for i in range(1, x.ndim - 1):
+        count = x.shape[i] // stride
+        cells = jax.lax.slice_in_dim(x, 0, count * stride, axis=i)
+        cells = cells.reshape(*x.shape[:i], count, stride, *x.shape[i + 1 :])
+        x = jax.lax.dynamic_index_in_dim(cells, phase[i - 1] // 2**scale, axis=i + 1, keepdims=False)
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])  # not -1: a single modality has 0 pairs
 
 
-def _part_terms(evidence: Evidence, fused: Fused, body: Float[Array, "b *s"], factor: int) -> dict[str, Array]:
-    """Independence, alignment and variance terms: means over the scales, each on the same strided grid."""
+def _part_terms(
+    key: Array, evidence: Evidence, fused: Fused, body: Float[Array, "b *s"], factor: int
+) -> dict[str, Array]:
+    """Independence, alignment, variance and domain terms: means over the scales; all but the last on one lattice."""
     scales = range(len(evidence.c))
+    phase = jax.random.randint(key, (body.ndim - 1,), 0, 2**STRIDED_SCALE)
 
     def stack(parts):  # [scale, b, n, d]
-        return jnp.stack([_samples(x, s) for s, x in zip(scales, parts, strict=True)])
+        return jnp.stack([_samples(x, s, phase) for s, x in zip(scales, parts, strict=True)])
 
     def by_modality(parts):  # [scale, m, b, n, d]
-        return jnp.stack(
-            [jax.vmap(functools.partial(_samples, scale=s), in_axes=1)(x) for s, x in zip(scales, parts, strict=True)]
-        )
+        each = [jax.vmap(lambda x, s=s: _samples(x, s, phase), in_axes=1) for s in scales]
+        return jnp.stack([one(x) for one, x in zip(each, parts, strict=True)])
 
     present = fused.present.T
     pairs = [jnp.moveaxis(pool_maps(fused.kappa_pairs, factor * 2**s), 1, -1) for s in scales]
     kappa = [pool(fused.kappa[..., None], factor * 2**s, jnp.max) for s in scales]
     inside = [pool(body[..., None], factor * 2**s) for s in scales]
     mask = (stack(inside)[..., 0] > 0.5).astype(jnp.float32)
-    return jax.tree.map(
-        jnp.mean,
-        jax.vmap(functools.partial(_one_scale, present=present))(
-            by_modality(evidence.c), by_modality(evidence.u), stack(fused.F_c), stack(fused.F_cf),
-            jnp.moveaxis(stack(pairs), -1, 1), stack(kappa)[..., 0], mask,
-        ),
+    terms = jax.vmap(functools.partial(_one_scale, present=present))(
+        by_modality(evidence.c), by_modality(evidence.u), stack(fused.F_c), stack(fused.F_cf),
+        jnp.moveaxis(stack(pairs), -1, 1), stack(kappa)[..., 0], mask,
     )  # fmt: skip
+    whole = [(x[..., 0] > 0.5).astype(jnp.float32) for x in inside]  # a mean over a case is not taken from a lattice
+    each = zip(evidence.c, whole, strict=True)
+    terms["dom"] = jnp.stack([enfuse_objective.modality_identity(c, k, fused.present) for c, k in each])
+    return jax.tree.map(jnp.mean, terms)
 
 
 def _one_scale(

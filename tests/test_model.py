@@ -1,5 +1,6 @@
 """EnTrust as a whole: what must be exactly zero, exactly equal or exactly unseen, on tiny random networks."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -336,20 +337,48 @@ def test_losses_take_any_number_of_axes_and_modalities(modalities, space):
     assert figures["ce_sum"].shape == figures["ce_count"].shape
 
 
-def test_samples_of_all_scales_lie_on_one_grid():
-    """A map that is constant on the blocks of the strided scale gives the same samples whatever the scale."""
+@pytest.mark.parametrize("phase", [(0, 0), (2, 3)])
+def test_samples_of_all_scales_lie_on_one_lattice(phase):
+    """A map that is constant on the blocks of the strided scale gives the same samples whatever the scale and phase."""
     n = 2**entrust.STRIDED_SCALE
     blocks = some(2, 16 // n, 16 // n, 3)
     finest = np.repeat(np.repeat(blocks, n, axis=1), n, axis=2)
     expected = blocks.reshape(2, -1, 3)
     for scale in range(4):
         x = finest.reshape(2, 16 // 2**scale, 2**scale, 16 // 2**scale, 2**scale, 3).mean(axis=(2, 4))
-        got = entrust._samples(jnp.asarray(x), scale)
+        got = entrust._samples(jnp.asarray(x), scale, jnp.array(phase))
         assert got.shape == expected.shape
         if scale <= entrust.STRIDED_SCALE:
             np.testing.assert_allclose(got, expected, rtol=1e-5)
     whole = jnp.arange(16.0)[None, :, None, None] * 100 + jnp.arange(16.0)[None, None, :, None]
-    np.testing.assert_array_equal(entrust._samples(whole, 0)[0, :5, 0], [202, 206, 210, 214, 602])
+    first = 100 * phase[0] + phase[1]
+    np.testing.assert_array_equal(
+        entrust._samples(whole, 0, jnp.array(phase))[0, :5, 0], [first, first + 4, first + 8, first + 12, first + 400]
+    )
+
+
+def test_independence_is_asked_of_every_voxel(params):
+    """What a part does off a fixed lattice of voxels is seen by the objective too: its phase moves with the key."""
+    batch = jax.tree.map(jnp.asarray, batch_of(4))
+    evidence = encode(params, batch["image"], batch["coordinates"], batch["body"])
+    fused = fuse(params, evidence, np.ones((4, M, SIZE, SIZE), np.float32)).fused
+    body = batch["body"].astype(jnp.float32)
+    nothing = jax.tree.map(jnp.zeros_like, (evidence.c, evidence.u, fused.F_c))
+
+    @jax.jit
+    def seen(key, signal):
+        """xcov of parts of the finest scale that are equal to each other, the others being zero."""
+        c, u, F_c = nothing
+        same = [jnp.broadcast_to(signal[:, None, ..., None], x.shape) for x in (c[0], u[0])]
+        parts = dataclasses.replace(evidence, c=(same[0], *c[1:]), u=(same[1], *u[1:]))
+        return entrust._part_terms(key, parts, dataclasses.replace(fused, F_c=(same[0][:, 0], *F_c[1:])), body, 2)[
+            "xcov"
+        ]
+
+    for i, j in ((0, 0), (1, 2), (3, 3)):
+        signal = np.zeros((4, SIZE // 2, SIZE // 2), np.float32)
+        signal[:, i::4, j::4] = np.arange(1.0, 5.0)[:, None, None]  # elsewhere there is nothing
+        assert max(float(seen(jax.random.key(draw), signal)) for draw in range(60)) > 0.05
 
 
 def test_cross_reconstruction_swaps_in_another_available_consensus(params):

@@ -1,9 +1,9 @@
-"""python -m entrust_jax.benchmark --suite=phantom --output=O [--seeds=3] [--quick]
+"""python -m entrust_jax.benchmark --suite=phantom --output=O [--seeds=3] [--quick | --ablation="A0 mean fusion" ...]
 python -m entrust_jax.benchmark --suite=steps
 python -m entrust_jax.benchmark --suite=latency --config=configs/glioma.py
 
 phantom: trains EnTrust and its ablations on the phantom and holds them against the exact posterior. Finished trainings
-in O/runs are not repeated. --quick: one seed, the reference alone.
+in O/runs are not repeated. --quick: one seed, the reference alone; --ablation: the reference and those named.
 steps: what few steps and the scale b cost with an exact denoiser, as markdown.
 latency: seconds of one slice with all its hypotheses and probes, beside U-Net passes.
 """
@@ -37,7 +37,8 @@ def phantom_suite(config: Any) -> None:
 
     if not FLAGS.output:
         raise UserError("--output is missing: name a folder for the results, --output=runs/phantom_suite")
-    names, seeds = ([phantom.REFERENCE], 1) if FLAGS.quick else (list(phantom.ABLATIONS), FLAGS.seeds)
+    names = phantom.chosen([phantom.REFERENCE] if FLAGS.quick else FLAGS.ablation)
+    seeds = 1 if FLAGS.quick else FLAGS.seeds
     output = Path(FLAGS.output)
     cli.check_place(output, "--output")
     phantom.run(config, output, names, seeds, TEST_CASES)
@@ -63,6 +64,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("suite", "phantom", ["phantom", "steps", "latency"], "What to measure.")
     flags.DEFINE_string("output", None, "Folder for the results of the phantom suite.")
     flags.DEFINE_integer("seeds", 3, "Trainings of every variant.", lower_bound=1)
+    flags.DEFINE_multi_string("ablation", [], "phantom: an ablation to train beside the reference; all by default.")
     flags.DEFINE_bool("quick", False, "The reference alone, one seed.")
     flags.DEFINE_integer("size", 128, "latency: height and width of the slice, a multiple of 16.")
     flags.DEFINE_integer("repeats", 5, "latency: timed calls after the first.")

@@ -50,6 +50,14 @@ class NoIndependence(entrust.EnTrust):
         return condition, terms | {"xcov": 0 * terms["xcov"]}, figures
 
 
+class NoDomainTerm(entrust.EnTrust):
+    """Nothing keeps the identity of a modality out of its content."""
+
+    def fuse_terms(self, *args: Any, **options: Any) -> Any:
+        condition, terms, figures = super().fuse_terms(*args, **options)
+        return condition, terms | {"dom": 0 * terms["dom"]}, figures
+
+
 class DivergenceFusion(Fusion):
     """Jensen-Shannon divergence wherever kappa stood: features, gate, weights of the loss, map."""
 
@@ -172,6 +180,7 @@ ABLATIONS: Mapping[str, Ablation] = {
     "A0 mean fusion": Ablation("may lose in conflict", network=MeanFusion, question=True),
     "A3 no conflict features": Ablation("may lose in conflict", network=NoConflictFeatures, question=True),
     "A4 no independence": Ablation("parts depend on each other", network=NoIndependence, question=True),
+    "no domain term": Ablation("content tells its modality", network=NoDomainTerm, question=True),
     "A5 head sees everything": Ablation("control of A5", of=REFERENCE, inputs=ALL, question=True),
     "A5 head sees entropy alone": Ablation(
         "finds errors worse than the head that sees everything", of=REFERENCE, inputs=("entropy",), question=True

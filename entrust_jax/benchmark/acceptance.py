@@ -1,4 +1,4 @@
-"""G1 to G11: does a model say what the phantom's exact posterior says? Pure functions of what it said.
+"""G1 to G11 and T12: does a model say what the phantom's exact posterior says? Pure functions of what it said.
 
 A blob is what one site of a phantom holds. Its core are the pixels whose class depends on the blob's presence alone, at
 least a pixel inside of where its boundary may lie. A blob is in conflict where readers contradict each other, ignored
@@ -31,6 +31,7 @@ THRESHOLDS: Mapping[str, Any] = {
     "G9": 0.95,
     "G10": -0.008,  # of two classes the exact error probability and the exact entropy order pixels alike
     "G11": {"mae": 0.08, "kappa": 0.0},
+    "T12": 1.0,
 }
 QUESTIONS = {
     "G1": "blob presence by p_1 against the analytic posterior, mean absolute error",
@@ -43,9 +44,10 @@ QUESTIONS = {
     "G8": "NLL per blob above the analytic posterior's; calibration error in the ROI",
     "G9": "rate of blaming a guilty reader over that of an ideal observer",
     "G10": "what the delivered error probability finds beyond the entropy: AUROC, area under risk-coverage",
-    "G11": "without the second modality: error against the single reader's posterior; largest conflict",
+    "G11": "without the second modality: error against the posterior of the others; conflict, where one is left",
+    "T12": "distance of p_1 from the mean of the hypotheses over the most that sampling them explains",
 }
-CERTAIN = 0.1  # blobs with a posterior below it or above 1 - it say nothing about how hypotheses are drawn
+CERTAIN = 0.1  # what is believed less than this, or more than 1 - this, says nothing about how hypotheses are drawn
 MARGIN = 1.0  # pixels from the innermost possible boundary to a core: to place a boundary wrongly is no doubt of a blob
 WHOLE = 0.95  # share of a core with one label from which a hypothesis is coherent there
 
@@ -266,17 +268,26 @@ def g8_scores(seen: Observation, scenes: phantom.Scene, found: Blobs) -> dict[st
     return _check(value, limit, all(value[name] <= limit[name] for name in limit)) | {"exact_nll": exact}
 
 
-def g9_blame(seen: Observation, found: Blobs) -> dict[str, Any]:
+def g9_blame(seen: Observation, found: Blobs, spec: phantom.Spec) -> dict[str, Any]:
     """How often the reader that argues most against the delivered label, argmin_m phi_m, is one that contradicts the
 
     truth, over conflict blobs; relative to the rate of an ideal observer, who is right when the truth is as he thinks.
+    Of more than two readers also over the blobs where exactly one of them lies.
     """
     inside = found.kind == CONFLICT
     phi = over_cores(seen.attribution, found.core)
     hit = np.take_along_axis(found.guilty, np.argmin(phi, axis=1)[:, None], axis=1)[:, 0]
-    rate, exact = _mean(hit[inside]), _mean(np.maximum(found.posterior, 1 - found.posterior)[inside])
-    value = _ratio(rate, exact)
-    return _check(value, THRESHOLDS["G9"], value >= THRESHOLDS["G9"]) | {"rate": rate, "exact": exact}
+    rate = _mean(hit[inside])
+    if found.guilty.shape[1] == 2:
+        exact = _mean(np.maximum(found.posterior, 1 - found.posterior)[inside])
+        value = _ratio(rate, exact)
+        return _check(value, THRESHOLDS["G9"], value >= THRESHOLDS["G9"]) | {"rate": rate, "exact": exact}
+    one = inside & (found.guilty.sum(axis=1) == 1)
+    rates = {"contradicted": rate, "one_liar": _mean(hit[one])}
+    ideal = {"contradicted": phantom_law.blame_rate(spec), "one_liar": phantom_law.blame_rate(spec, liars=1)}
+    ratios = {name: _ratio(rates[name], ideal[name]) for name in rates}
+    passed = all(value >= THRESHOLDS["G9"] for value in ratios.values())
+    return _check(ratios, THRESHOLDS["G9"], passed) | {"rate": rates, "exact": ideal}
 
 
 def g10_errors(seen: Observation, scenes: phantom.Scene) -> dict[str, Any]:
@@ -297,14 +308,29 @@ def g10_errors(seen: Observation, scenes: phantom.Scene) -> dict[str, Any]:
     return _check(value, THRESHOLDS["G10"], min(value.values()) >= THRESHOLDS["G10"])
 
 
-def g11_missing(alone: Alone, found: Blobs, single: Float[np.ndarray, "n j"]) -> dict[str, Any]:
-    """Without the second modality: blob presence by p_1 against the single reader's posterior, and no conflict at all.
+def g11_missing(alone: Alone, found: Blobs, rest: Float[np.ndarray, "n j"]) -> dict[str, Any]:
+    """Without the second modality: blob presence by p_1 against the posterior of the other readers, and no conflict at
 
-    `alone`: what the model says without it; `single`: P(blob | the first reader).
+    all where a single one is left. `alone`: what the model says without it; `rest`: P(blob | the other readers).
     """
-    value = {"mae": _mean(np.abs(presence(alone.one_step, found) - single)), "kappa": float(np.max(alone.kappa))}
-    limit = THRESHOLDS["G11"]
+    value = {"mae": _mean(np.abs(presence(alone.one_step, found) - rest))}
+    if found.evidence.shape[1] == 2:
+        value["kappa"] = float(np.max(alone.kappa))
+    limit = {name: THRESHOLDS["G11"][name] for name in value}
     return _check(value, limit, all(value[name] <= limit[name] for name in limit))
+
+
+def t12_tower(seen: Observation) -> dict[str, Any]:
+    """Mean |p_1 - p_bar| where .1 < p_1 < .9, over .92 sqrt(p_1 (1 - p_1) / N) + .02 in the mean over the same pixels.
+
+    The mean of the hypotheses is the marginal (tower property): N of them stray from it by .80 standard deviations.
+    """
+    p = seen.one_step[..., 1:].sum(-1, dtype=np.float64)
+    open_ = (p > CERTAIN) & (p < 1 - CERTAIN)
+    gap = np.abs(p - np.mean(seen.hypotheses > 0, axis=1))[open_]
+    bound = 0.92 * np.sqrt(p * (1 - p) / seen.hypotheses.shape[1])[open_] + 0.02
+    value = _ratio(_mean(gap), _mean(bound))
+    return _check(value, THRESHOLDS["T12"], value <= THRESHOLDS["T12"])
 
 
 def _mean(values: np.ndarray) -> float:

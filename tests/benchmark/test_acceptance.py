@@ -91,8 +91,40 @@ def test_a_wrong_single_reader_or_a_left_over_conflict_fails_g11(world):
 
 def test_blaming_the_honest_reader_fails(world):
     _, found, seen, _ = world
-    turned = acceptance.g9_blame(seen._replace(attribution=-seen.attribution), found)
+    turned = acceptance.g9_blame(seen._replace(attribution=-seen.attribution), found, SPEC)
     assert not turned["pass"] and turned["rate"] < 0.5
+
+
+def test_hypotheses_that_belie_the_one_step_prediction_fail_the_tower(world):
+    """T12. Half of the hypotheses empty: whole blobs, but too few of them."""
+    seen = world[2]
+    emptied = seen.hypotheses * (np.arange(HYPOTHESES) % 2).astype(np.uint8)[None, :, None, None]
+    few = acceptance.t12_tower(seen._replace(hypotheses=emptied))
+    honest = acceptance.t12_tower(seen)
+    assert honest["pass"] and honest["value"] > 0.6  # a bound that honest hypotheses come near to
+    assert not few["pass"]
+
+
+def test_four_readers_of_whom_one_lies():
+    """G9: the exact observer blames the liar; a model that blames at random, or the honest, does not."""
+    four = phantom.Spec(
+        modalities=("A", "B", "C", "D"), size=(32, 32), sites=2, radius=4.0, jitter=0.5,
+        reliability=(0.9,) * 4, ignorance=(0.1,) * 4,
+    )  # fmt: skip
+    scenes = phantom.scenes(four, range(100), 3)
+    found, seen = acceptance.blobs(scenes, four), references.exact(scenes, four, HYPOTHESES, 0)
+    honest = acceptance.g9_blame(seen, found, four)
+    assert honest["pass"] and honest["rate"]["one_liar"] > 0.9
+    assert honest["exact"]["one_liar"] == pytest.approx(phantom_law.blame_rate(four, liars=1))
+    noise = np.random.default_rng(0).normal(size=seen.attribution.shape)
+    for fake in (-seen.attribution, noise):
+        assert not acceptance.g9_blame(seen._replace(attribution=fake), found, four)["pass"]
+    rest = references.readers(scenes, four)[:, ~suite.SECOND]
+    alone = acceptance.Alone(references.marginals(scenes, rest, four), seen.kappa)
+    without = acceptance.g11_missing(alone, found, rest)
+    assert without["pass"] and "kappa" not in without["value"]  # the three that are left can contradict each other
+    assert not acceptance.g11_missing(acceptance.Alone(seen.one_step[::-1], seen.kappa), found, rest)["pass"]
+    assert acceptance.g2_strong_reader(seen, found, four) is None
 
 
 def test_without_a_stronger_reader_g2_has_no_meaning(world):

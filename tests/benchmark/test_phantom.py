@@ -75,6 +75,14 @@ def fused_by(config, variant):
     return found
 
 
+def test_ablations_are_chosen_by_name_and_the_reference_is_always_there():
+    assert suite.chosen([]) == list(ablations.ABLATIONS)
+    assert suite.chosen(["A12 global prior", "A0 mean fusion"]) == ["reference", "A12 global prior", "A0 mean fusion"]
+    assert suite.chosen([ablations.REFERENCE]) == [ablations.REFERENCE]
+    with pytest.raises(UserError, match="none called 'A99'; there are reference; A1 recycling"):
+        suite.chosen(["A99"])
+
+
 def test_mean_fusion_weighs_all_alike(config):
     (plain, _), (learned, _) = fused_by(config, "A0 mean fusion")
     np.testing.assert_allclose(plain.fused.weights, 1 / M, rtol=1e-6)
@@ -96,16 +104,17 @@ def test_the_global_prior_is_the_same_everywhere(config):
     np.testing.assert_allclose(np.exp(flat.prior_logits)[:, 0, 0], rate, rtol=1e-4)
 
 
-def test_without_independence_only_that_term_is_gone(config):
+@pytest.mark.parametrize(("name", "gone"), [("A4 no independence", "xcov"), ("no domain term", "dom")])
+def test_without_a_term_only_that_one_is_gone(config, name, gone):
     key, terms = jax.random.key(0), []
-    for name in ("A4 no independence", ablations.REFERENCE):
-        network = suite.own_network(config, ablations.ABLATIONS[name])
+    for variant in (name, ablations.REFERENCE):
+        network = suite.own_network(config, ablations.ABLATIONS[variant])
         shapes = jax.eval_shape(network.init, {"params": key, "dropout": key}, BATCH, key)
         params = jax.tree.map(lambda x: 0.5 * some(*x.shape), shapes)
         terms.append(entrust.enfuse_loss(network, params, jax.tree.map(jnp.asarray, BATCH), key, jnp.float32(1.0))[1])
-    assert terms[0]["xcov"] == 0 and terms[1]["xcov"] > 0
-    for name in ("uni", "con", "align", "var", "rec", "prior"):
-        np.testing.assert_allclose(terms[0][name], terms[1][name], rtol=1e-5)
+    assert terms[0][gone] == 0 and terms[1][gone] > 0
+    for other in {"uni", "con", "align", "var", "rec", "prior", "xcov", "dom"} - {gone}:
+        np.testing.assert_allclose(terms[0][other], terms[1][other], rtol=1e-5)
 
 
 def test_without_own_evidence_nothing_of_the_noisy_mask_is_copied(config):
@@ -192,7 +201,7 @@ def test_a_run_goes_from_training_to_table_and_repeats_nothing(config, tmp_path,
     names = [ablations.REFERENCE, "A5 head sees entropy alone", "A8 temperature by conflict"]
     summary = suite.run(config, tmp_path, names, 1, 6)
     written = json.loads((tmp_path / "summary.json").read_text())
-    assert set(written["checks"]) == {f"G{i}" for i in range(1, 12)}
+    assert set(written["checks"]) == {*(f"G{i}" for i in range(1, 12)), "T12"}
     for one in written["checks"].values():
         assert {"value", "threshold", "pass"} <= set(one)
     assert not written["checks"]["G1"]["pass"]  # nothing can be learnt in two steps
