@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "entrust_jax"
-COMMANDS = {"train", "evaluate", "predict", "check", "cli", "benchmark.__main__"}
+COMMANDS = {"train", "evaluate", "predict", "check", "manifest", "cli", "benchmark.__main__"}
 SUITES = {"benchmark.phantom", "benchmark.disentanglement", "benchmark.latency"}  # as commands, without their flags
 # `api` is what commands and notebooks call: it reads configs, but knows neither flags nor the command line.
 ENTRY_POINTS = COMMANDS | {"api"}

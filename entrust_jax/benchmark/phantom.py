@@ -214,7 +214,8 @@ def fakes(spec: phantom.Spec, numbers: Iterable[int], hypotheses: int) -> dict[s
     lesions are rare and a reader is often silent it does not, so it is judged there.
     """
     numbers = list(numbers)
-    rare = dataclasses.replace(spec, prior=0.3, ignorance=(0.05, 0.4))
+    silence = tuple(np.linspace(0.05, 0.4, len(spec.modalities)).tolist())
+    rare = dataclasses.replace(spec, prior=0.3, ignorance=silence)
     failed: dict[str, list[str]] = {}
     for kind, words in ((spec, ""), (rare, ", lesions rare")):
         scenes = phantom.scenes(kind, numbers, 0)

@@ -68,7 +68,7 @@ def check(data: Any) -> None:
 
 def find(data: Any) -> list[layouts.Case]:
     """The cases of the data folder. Raises UserError when there is none, naming the way to get the data."""
-    if data.layout in layouts.LAYOUTS and not (data.dir and Path(data.dir).is_dir()):
+    if data.layout in layouts.LAYOUTS and not (data.dir and layouts.is_place(data.layout, Path(data.dir))):
         wrong = f"{data.dir}: no such folder" if data.dir else "config.data.dir is not set"
         source = f"get the data from {data.source}; " if data.source else ""
         expected, _ = layouts.LAYOUTS[data.layout]

@@ -1,66 +1,30 @@
 """Where a data set keeps its files: cases with their modalities by name."""
 
-import dataclasses
 import json
 import re
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from entrust_jax.data.cases import ENDINGS, Case, case_number, ending_of, one_file
+from entrust_jax.data.manifest import manifest_cases
 from entrust_jax.errors import UserError
 
-# Other names under which BraTS releases and exports know a modality, as they stand in file names.
-BRATS_NAMES = {
-    "t1": ("t1", "t1n"),
-    "t1n": ("t1", "t1n"),
-    "t1ce": ("t1ce", "t1c"),
-    "t1c": ("t1ce", "t1c"),
-    "t1gd": ("t1ce", "t1c"),
-    "t2": ("t2", "t2w"),
-    "t2w": ("t2", "t2w"),
-    "flair": ("flair", "t2f"),
-    "t2f": ("flair", "t2f"),
-}
-ENDINGS = (".nii.gz", ".nii")
+# Groups of names under which releases and exports know one modality, as they stand in file names.
+SYNONYMS = (
+    ("t1", "t1n", "t1w"),
+    ("t1ce", "t1c", "t1gd"),
+    ("t2", "t2w"),
+    ("flair", "t2f"),
+    ("pet", "pt"),
+    ("bssfp", "c0"),
+    ("lge", "de"),
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One scan session.
-
-    images: modality -> file, without the missing ones. number: stable, from the name alone (`case_number`).
-    """
-
-    name: str
-    patient: str
-    number: int
-    images: Mapping[str, Path]
-    label: Path | None
-
-
-def case_number(name: str) -> int:
-    """A number in [0, 2^31) from the name alone, so that sampling keys survive any change of the listing."""
-    return zlib.crc32(name.encode()) & 0x7FFFFFFF
-
-
-def ending_of(name: str, endings: Sequence[str]) -> str | None:
-    """Which of the endings a file name has, in any case; None for others, and for hidden files: macOS leaves a ._NAME
-
-    beside every NAME on foreign disks.
-    """
-    if name.startswith("."):
-        return None
-    return next((ending for ending in endings if name.lower().endswith(ending.lower())), None)
-
-
-def one_file(found: Sequence[Path], case: str, what: str) -> Path | None:
-    """The only file of a list, None when empty. Raises UserError for two."""
-    if len(found) > 1:
-        raise UserError(
-            f"{found[0].parent}: case {case} has two files for {what}: {' and '.join(p.name for p in found)};"
-            " keep one of them"
-        )
-    return found[0] if found else None
+def names_of(modality: str) -> tuple[str, ...]:
+    """Every name, in lower case, that a file of this modality may carry."""
+    own = modality.lower()
+    return next((group for group in SYNONYMS if own in group), (own,))
 
 
 def brats_case(folder: Path, modalities: Sequence[str]) -> Case:
@@ -79,8 +43,7 @@ def brats_case(folder: Path, modalities: Sequence[str]) -> Case:
         files.setdefault(stem[cut + 1 :].lower(), []).append(path)
     images = {}
     for modality in modalities:
-        known = BRATS_NAMES.get(modality.lower(), (modality.lower(),))
-        path = one_file([p for suffix in known for p in files.get(suffix, [])], name, modality)
+        path = one_file([p for suffix in names_of(modality) for p in files.get(suffix, [])], name, modality)
         if path is not None:
             images[modality] = path
     label = one_file(files.get("seg", []), name, "the label")
@@ -147,31 +110,138 @@ def nnunet_cases(folder: Path, modalities: Sequence[str]) -> list[Case]:
     return cases
 
 
+def named(
+    found: Iterable[tuple[str, str, Path]],
+    labels: Iterable[tuple[str, Path]],
+    modalities: Sequence[str],
+    patient: Callable[[str], str] = str,
+) -> list[Case]:
+    """Cases from (case, modality as in the file's name, file) and (case, its label's file).
+
+    Modalities are matched without regard to case, by any of their names. Raises UserError for two files of one.
+    """
+    files: dict[str, dict[str, list[Path]]] = {}
+    for name, kind, path in found:
+        files.setdefault(name, {}).setdefault(kind.lower(), []).append(path)
+    drawn: dict[str, list[Path]] = {}
+    for name, path in labels:
+        drawn.setdefault(name, []).append(path)
+    cases = []
+    for name in sorted({*files, *drawn}):
+        images = {}
+        for modality in modalities:
+            known = names_of(modality)
+            path = one_file([p for kind in known for p in files.get(name, {}).get(kind, [])], name, modality)
+            if path is not None:
+                images[modality] = path
+        label = one_file(drawn.get(name, []), name, "the label")
+        cases.append(Case(name, patient(name), case_number(name), images, label))
+    return cases
+
+
+def scans_below(folder: Path) -> Iterable[tuple[str, Path]]:
+    """(name without its ending, file) of every NIfTI file below a folder, sorted."""
+    for path in sorted(folder.rglob("*")):
+        if ending := ending_of(path.name, ENDINGS):
+            yield path.name[: -len(ending)], path
+
+
+BIDS = re.compile(r"(sub-[A-Za-z0-9]+(?:_ses-[A-Za-z0-9]+)?)_(?:.*_)?([A-Za-z0-9]+)")
+BIDS_LABELS = ("msk", "mask", "dseg", "seg")
+
+
+def bids_cases(folder: Path, modalities: Sequence[str]) -> list[Case]:
+    """BIDS as ISLES 2022 ships it: rawdata/sub-X/ses-Y/.../sub-X_ses-Y_dwi.nii.gz; below derivatives/ ..._msk.nii.gz.
+
+    A case is a session, its patient the subject. Without rawdata/ the subjects lie in the folder itself.
+    """
+    derived = folder / "derivatives"
+    raw = folder / "rawdata"
+    subjects = sorted(path for path in (raw if raw.is_dir() else folder).glob("sub-*") if path.is_dir())
+    images = [(match[1], match[2], path) for match, path in _bids_files(subjects)]
+    labels = [(match[1], path) for match, path in _bids_files([derived]) if match[2].lower() in BIDS_LABELS]
+    return named(images, labels, modalities, lambda name: name.partition("_")[0])
+
+
+def _bids_files(folders: Iterable[Path]) -> Iterable[tuple[re.Match[str], Path]]:
+    for folder in folders:
+        for name, path in scans_below(folder):
+            if match := BIDS.fullmatch(name):
+                yield match, path
+
+
+def hecktor_cases(folder: Path, modalities: Sequence[str]) -> list[Case]:
+    """HECKTOR 2022: imagesTr/NAME__CT.nii.gz, imagesTr/NAME__PT.nii.gz, labelsTr/NAME.nii.gz."""
+    split = [(name.rpartition("__"), path) for name, path in scans_below(folder / "imagesTr")]
+    images = [(name, kind, path) for (name, _, kind), path in split if name]
+    return named(images, scans_below(folder / "labelsTr"), modalities)
+
+
+def myops_cases(folder: Path, modalities: Sequence[str]) -> list[Case]:
+    """MyoPS 2020: NAME_C0.nii.gz, NAME_DE.nii.gz, NAME_T2.nii.gz, NAME_gd.nii.gz, in one folder or several beside each
+
+    other (train25, train25_myops_gd).
+    """
+    split = [(name.rpartition("_"), path) for name, path in scans_below(folder)]
+    images = [(name, kind, path) for (name, _, kind), path in split if name and kind.lower() != "gd"]
+    labels = [(name, path) for (name, _, kind), path in split if name and kind.lower() == "gd"]
+    return named(images, labels, modalities)
+
+
 LAYOUTS: dict[str, tuple[str, Callable[[Path, Sequence[str]], list[Case]]]] = {
     "brats": ("one folder per case with NAME_flair.nii.gz ... NAME_seg.nii.gz", brats_cases),
     "nnunet": ("dataset.json, imagesTr/NAME_0000.nii.gz, labelsTr/NAME.nii.gz", nnunet_cases),
+    "bids": ("rawdata/sub-X/ses-Y/.../sub-X_ses-Y_dwi.nii.gz, derivatives/.../sub-X_ses-Y_msk.nii.gz", bids_cases),
+    "hecktor": ("imagesTr/NAME__CT.nii.gz, imagesTr/NAME__PT.nii.gz, labelsTr/NAME.nii.gz", hecktor_cases),
+    "myops": ("NAME_C0.nii.gz, NAME_DE.nii.gz, NAME_T2.nii.gz, NAME_gd.nii.gz", myops_cases),
+    "manifest": ("manifest.csv, a row per case: case, patient, one column per modality, label", manifest_cases),
 }
 
 
-def find_cases(layout: str, folder: Path | str, modalities: Sequence[str]) -> list[Case]:
+def find_cases(layout: str, place: Path | str, modalities: Sequence[str]) -> list[Case]:
     """The cases of a data set, sorted by name; those without any of the modalities are left out.
 
-    Raises UserError when the folder or its cases are not there, and for two files of one modality.
+    place: its folder, or a manifest's file. Raises UserError when the folder or its cases are not there, and for two
+    files of one modality.
     """
     if layout not in LAYOUTS:
         raise UserError(f"config.data.layout is {layout!r}; set it to one of {', '.join(LAYOUTS)}")
     expected, find = LAYOUTS[layout]
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such folder; set config.data.dir to a folder in the {layout} layout ({expected})"
-        )
-    cases = [case for case in find(folder, modalities) if case.images]
+    place = Path(place)
+    if not is_place(layout, place):
+        raise UserError(f"{place}: no such folder; set config.data.dir to a folder in the {layout} layout ({expected})")
+    cases = [case for case in find(place, modalities) if case.images]
     if not cases:
+        if dicom := a_dicom_file(place):
+            raise UserError(
+                f"{dicom}: is a DICOM file; convert the series to NIfTI first:"
+                " dcm2niix -z y -f %p_%s -o FOLDER_FOR_NIFTI FOLDER_OF_THE_SERIES"
+            )
         raise UserError(
-            f"{folder}: holds no case with any of {', '.join(modalities)}; the {layout} layout expects {expected}"
+            f"{place}: holds no case with any of {', '.join(modalities)}; the {layout} layout expects {expected}"
         )
     return cases
+
+
+def is_place(layout: str, place: Path) -> bool:
+    """Whether a data set of this layout can lie there: a folder, or a manifest's own file."""
+    return place.is_dir() or (layout == "manifest" and place.is_file())
+
+
+def a_dicom_file(folder: Path) -> Path | None:
+    """A DICOM file below a folder, by its ending or its magic word; None where there is none."""
+    for path in folder.rglob("*"):
+        if path.is_file() and (path.suffix.lower() in (".dcm", ".ima") or (not path.suffix and _is_dicom(path))):
+            return path
+    return None
+
+
+def _is_dicom(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def require_complete(cases: Sequence[Case], folder: Path | str, modalities: Sequence[str]) -> None:

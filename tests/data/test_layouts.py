@@ -205,3 +205,66 @@ def test_case_from_files_is_named_as_in_its_data_set(tmp_path):
         assert case.name == "LGG_1" and case.number == layouts.case_number("LGG_1")
     (tmp_path / "_0001.nii.gz").write_bytes(b"")
     assert layouts.case_from_files({"FLAIR": tmp_path / "_0001.nii.gz"}, FOUR).name == "_0001"
+
+
+def test_bids_as_isles_ships_it(tmp_path):
+    for number, session in (("0001", "0001"), ("0001", "0002"), ("0007", "0001")):
+        name = f"sub-strokecase{number}_ses-{session}"
+        folder = tmp_path / "rawdata" / f"sub-strokecase{number}" / f"ses-{session}"
+        touch(folder / "dwi", f"{name}_dwi.nii.gz", f"{name}_adc.nii.gz", f"{name}_dwi.json")
+        touch(folder / "anat", f"{name}_acq-iso_FLAIR.nii.gz")
+        derived = tmp_path / "derivatives" / f"sub-strokecase{number}" / f"ses-{session}"
+        touch(derived, f"{name}_msk.nii.gz", f"{name}_space-T1w_FLAIR.nii.gz")
+    one, two, seven = layouts.find_cases("bids", tmp_path, ("DWI", "ADC", "FLAIR"))
+    assert [case.name for case in (one, two)] == ["sub-strokecase0001_ses-0001", "sub-strokecase0001_ses-0002"]
+    assert one.patient == two.patient == "sub-strokecase0001" != seven.patient
+    assert {m: p.name for m, p in one.images.items()} == {
+        "DWI": "sub-strokecase0001_ses-0001_dwi.nii.gz",
+        "ADC": "sub-strokecase0001_ses-0001_adc.nii.gz",
+        "FLAIR": "sub-strokecase0001_ses-0001_acq-iso_FLAIR.nii.gz",
+    }
+    assert one.label is not None and one.label.name == "sub-strokecase0001_ses-0001_msk.nii.gz"
+
+
+def test_bids_without_sessions_or_rawdata_and_with_two_runs(tmp_path):
+    touch(tmp_path / "sub-a" / "anat", "sub-a_T1w.nii.gz", "sub-a_T2w.nii.gz")
+    (case,) = layouts.find_cases("bids", tmp_path, ("T1", "T2"))
+    assert (case.name, case.patient, set(case.images)) == ("sub-a", "sub-a", {"T1", "T2"})
+    touch(tmp_path / "sub-a" / "anat", "sub-a_run-2_T1w.nii.gz")
+    with pytest.raises(UserError, match=r"case sub-a has two files for T1: sub-a_T1w.* and sub-a_run-2_T1w"):
+        layouts.find_cases("bids", tmp_path, ("T1", "T2"))
+
+
+def test_hecktor_2022(tmp_path):
+    touch(tmp_path / "imagesTr", "MDA-001__CT.nii.gz", "MDA-001__PT.nii.gz", "CHUM-002__CT.nii.gz")
+    touch(tmp_path / "labelsTr", "MDA-001.nii.gz")
+    first, second = layouts.find_cases("hecktor", tmp_path, ("PET", "CT"))
+    assert first.name == first.patient == "CHUM-002" and set(first.images) == {"CT"} and first.label is None
+    assert {m: p.name for m, p in second.images.items()} == {"PET": "MDA-001__PT.nii.gz", "CT": "MDA-001__CT.nii.gz"}
+    assert second.label is not None and second.label.name == "MDA-001.nii.gz"
+
+
+def test_myops_2020_with_labels_in_a_folder_of_their_own(tmp_path):
+    for kind in ("C0", "DE", "T2"):
+        touch(tmp_path / "train25", f"myops_training_101_{kind}.nii.gz")
+    touch(tmp_path / "train25_myops_gd", "myops_training_101_gd.nii.gz")
+    (case,) = layouts.find_cases("myops", tmp_path, ("bSSFP", "LGE", "T2"))
+    assert case.name == "myops_training_101" and case.label is not None
+    assert [path.name[19:] for path in case.images.values()] == ["C0.nii.gz", "DE.nii.gz", "T2.nii.gz"]
+    assert layouts.find_cases("myops", tmp_path, ("C0", "DE", "T2"))[0].images["DE"] == case.images["LGE"]
+
+
+@pytest.mark.parametrize(("name", "content"), [("IM001.dcm", b""), ("IM001", b"\0" * 128 + b"DICM")])
+def test_a_dicom_folder_is_told_how_to_become_nifti(tmp_path, name, content):
+    (tmp_path / "series").mkdir()
+    (tmp_path / "series" / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"IM001.*is a DICOM file; convert .* dcm2niix"):
+        layouts.find_cases("brats", tmp_path, FOUR)
+
+
+def test_real_isles_case(data_root):
+    folder = data_root / "isles22"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    (case,) = layouts.find_cases("bids", folder, ("DWI", "ADC", "FLAIR"))
+    assert case.patient == "sub-strokecase0009" and len(case.images) == 3 and case.label is not None

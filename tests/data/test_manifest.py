@@ -1,0 +1,161 @@
+"""Manifests: what a table of cases says, what is wrong with it, and tables written from a folder."""
+
+import json
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from entrust_jax.data import layouts, manifest
+from entrust_jax.errors import UserError
+
+
+def scans(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "case,patient,T1,FLAIR,label\nb,p,b/1.nii.gz,b/2.nii.gz,b/s.nii.gz\na,p,a/1.nii.gz,,\n",
+        "\ufeffCase;PATIENT;t1;flair;Label\r\nb; p ;b/1.nii.gz;b/2.nii.gz;b/s.nii.gz\r\na;p;a/1.nii.gz;;\r\n;;;;\r\n",
+        '[{"case": "b", "patient": "p", "images": {"T1": "b/1.nii.gz", "flair": "b/2.nii.gz"}, "label": "b/s.nii.gz"},'
+        ' {"case": "a", "patient": "p", "images": {"T1": "a/1.nii.gz", "FLAIR": null}}]',
+    ],
+)
+def test_tables_of_spreadsheets_and_programs(tmp_path, text):
+    scans(tmp_path, "a/1.nii.gz", "b/1.nii.gz", "b/2.nii.gz", "b/s.nii.gz")
+    path = tmp_path / ("manifest.json" if text.startswith("[") else "manifest.csv")
+    path.write_text(text, encoding="utf-8", newline="")
+    for place in (path, tmp_path):
+        a, b = layouts.find_cases("manifest", place, ("T1", "FLAIR"))
+        assert (a.name, a.patient, set(a.images), a.label) == ("a", "p", {"T1"}, None)
+        assert (b.name, b.images["FLAIR"], b.label) == ("b", tmp_path / "b/2.nii.gz", tmp_path / "b/s.nii.gz")
+
+
+def test_without_a_patient_every_case_is_one(tmp_path):
+    scans(tmp_path, "1.nii.gz")
+    (tmp_path / "m.csv").write_text("case,T1\na,1.nii.gz\n")
+    assert layouts.find_cases("manifest", tmp_path / "m.csv", ("T1",))[0].patient == "a"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("case,T1\na,1.nii.gz\na,1.nii.gz\n", r"manifest\.csv, line 3: a second case a"),
+        ("case,T1\na,gone.nii.gz\n", r"line 2: T1 of case a: .*gone\.nii\.gz: no such file"),
+        ("case,T1,label\na,1.nii.gz,gone.nii.gz\n", r"line 2: label of case a: .*gone\.nii\.gz"),
+        ("case,T1\na,1.nii.gz,more\n", "line 2: has not as many cells as the first line"),
+        ("case,T1,label\na,1.nii.gz\n", "line 2: has not as many cells"),
+        ("name,T1\na,1.nii.gz\n", "has no column case"),
+        ("case,T1,t1\na,1.nii.gz,1.nii.gz\n", "two columns t1"),
+        ("case,PET\na,1.nii.gz\n", "has no modality T1, it has pet"),
+        ("case,T1\n,1.nii.gz\n", "line 2: the case has no name"),
+        ("", "has no column case"),
+        ("case,T1\n", "has no modality T1, it has none"),
+    ],
+)
+def test_mistakes_in_a_table_are_named_with_their_line(tmp_path, text, message):
+    scans(tmp_path, "1.nii.gz")
+    (tmp_path / "manifest.csv").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        layouts.find_cases("manifest", tmp_path, ("T1",))
+    assert str(tmp_path / "manifest.csv") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no JSON"),
+        ("{}", "must be a list of cases"),
+        ("[1]", "entry 1: is no case"),
+        ('[{"case": "a"}]', 'entry 1: is no case with "images"'),
+        ('[{"case": "a", "images": {"T1": 3}}]', "entry 1: 3 is no text"),
+        ('[{"case": "a", "images": {}, "mask": "x"}]', "entry 1: unknown key 'mask'"),
+        ("[" * 100_000, "is no JSON"),
+    ],
+)
+def test_mistakes_in_a_json_manifest(tmp_path, text, message):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        layouts.find_cases("manifest", tmp_path, ("T1",))
+
+
+def test_a_folder_needs_one_manifest(tmp_path):
+    with pytest.raises(UserError, match=r"holds no manifest; .*python -m entrust_jax\.manifest"):
+        layouts.find_cases("manifest", tmp_path, ("T1",))
+    scans(tmp_path, *manifest.NAMES)
+    with pytest.raises(UserError, match="holds two manifests"):
+        layouts.find_cases("manifest", tmp_path, ("T1",))
+    (tmp_path / "latin.csv").write_bytes(b"case,T1\n\xe9,1.nii.gz\n")
+    with pytest.raises(UserError, match=r"latin\.csv: cannot be read"):
+        layouts.find_cases("manifest", tmp_path / "latin.csv", ("T1",))
+
+
+@hypothesis.given(st.one_of(st.text(), st.text("case,T1\n;\"'\r\t\0ab.")), st.booleans())
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], deadline=None)
+def test_no_text_is_too_odd(tmp_path, text, as_json):
+    """Any text is read, or refused with one message."""
+    path = tmp_path / ("m.json" if as_json else "m.csv")
+    path.write_text(text, encoding="utf-8", errors="surrogatepass", newline="")
+    try:
+        manifest.manifest_cases(path, ("T1",))
+    except UserError as error:
+        assert str(path) in str(error)
+
+
+@hypothesis.given(
+    st.recursive(
+        st.none() | st.integers() | st.text(),
+        lambda x: st.lists(x) | st.dictionaries(st.sampled_from(["case", "images", "label", "patient", "T1"]), x),
+    )
+)
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], deadline=None)
+def test_no_json_is_too_odd(tmp_path, value):
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps(value))
+    try:
+        manifest.manifest_cases(path, ("T1",))
+    except UserError as error:
+        assert str(path) in str(error)
+
+
+# --- writing one --------------------------------------------------------------------------------------------
+
+
+def test_a_table_is_written_from_a_folder_and_read_again(tmp_path):
+    data = tmp_path / "data"
+    scans(data, "p1/s 1/T1.nii.gz", "p1/s 1/seg.nii.gz", "p1/s2/T1.nii", "p1/s2/PET_image.nii.gz", "p1/s2/notes.txt")
+    templates = {"T1": "{patient}/{case}/T1.nii*", "PET": "{patient}/{case}/PET*", "label": "*/{case}/seg.nii.gz"}
+    rows = manifest.collect(data, templates)
+    (tmp_path / "tables").mkdir()
+    path = tmp_path / "tables" / "m.csv"
+    path.write_text(manifest.as_csv(rows, list(templates), "../data"))
+    first, second = layouts.find_cases("manifest", path, ("PET", "T1"))
+    assert (first.name, first.patient, second.patient) == ("s 1", "p1", "p1")
+    assert first.label is not None and first.label.resolve() == (data / "p1/s 1/seg.nii.gz").resolve()
+    assert set(second.images) == {"T1", "PET"} and second.label is None
+
+
+@pytest.mark.parametrize(
+    ("templates", "message"),
+    [
+        ({"T1": "*/T1.nii.gz"}, "does not say where the case's name stands"),
+        ({"T1": "{name}/T1.nii.gz"}, r"\{name\} stands for nothing"),
+        ({"T1": "{case}/T9.nii.gz"}, "no NIfTI file fits T1="),
+        ({"T1": "{case}/*.nii.gz"}, r"a/T1\.nii\.gz and a/T2\.nii\.gz are both T1 of case a"),
+        ({"T1": "{case}/T1.nii.gz", "PET": "{patient}/{case}/x.nii.gz", "CT": "other/{patient}_{case}.nii.gz"}, "two"),
+    ],
+)
+def test_patterns_that_say_too_little_or_too_much(tmp_path, templates, message):
+    scans(tmp_path, "a/T1.nii.gz", "a/T2.nii.gz", "p/a/x.nii.gz", "other/q_a.nii.gz")
+    with pytest.raises(UserError, match=message):
+        manifest.collect(tmp_path, templates)
+
+
+def test_a_name_that_comes_twice_must_be_the_same(tmp_path):
+    scans(tmp_path, "a/a_T1.nii.gz", "b/x_T1.nii.gz")
+    assert [row["case"] for row in manifest.collect(tmp_path, {"T1": "{case}/{case}_T1.nii.gz"})] == ["a"]

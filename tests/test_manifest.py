@@ -1,0 +1,38 @@
+"""The command that writes a manifest, in a process of its own."""
+
+import subprocess
+import sys
+
+from entrust_jax.data import layouts
+
+
+def run(*words):
+    command = [sys.executable, "-m", "entrust_jax.manifest", *words]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_command_writes_what_training_reads(tmp_path):
+    for case in ("p1", "p2"):
+        (tmp_path / case).mkdir()
+        for name in ("T1.nii.gz", "seg.nii.gz"):
+            (tmp_path / case / name).write_bytes(b"")
+    (tmp_path / "p2" / "FLAIR.nii.gz").write_bytes(b"")
+    patterns = ("T1={case}/T1.nii.gz", "FLAIR={case}/FLAIR.nii.gz", "label={case}/seg.nii.gz")
+    done = run(f"--dir={tmp_path}", *patterns)
+    assert done.returncode == 0, done.stderr
+    assert "manifest.csv: 2 cases; T1 2, FLAIR 1, label 2" in done.stdout
+    one, two = layouts.find_cases("manifest", tmp_path, ("FLAIR", "T1"))
+    assert set(one.images) == {"T1"} and set(two.images) == {"T1", "FLAIR"} and one.label and two.label
+    before = (tmp_path / "manifest.csv").read_text()
+    for words, message in (
+        ((f"--dir={tmp_path}", "T1"), "T1: is no NAME=PATTERN"),
+        ((f"--dir={tmp_path}", "label={case}/seg.nii.gz"), "no modality given"),
+        ((f"--dir={tmp_path}", "T1={case}/T1.nii.gz", "t1={case}/T2.nii.gz"), "t1 is taken"),
+        ((f"--dir={tmp_path}", "T1={case}/T9.nii.gz"), "no NIfTI file fits"),
+        ((f"--dir={tmp_path}/gone", "T1={case}/T1.nii.gz"), "no such folder"),
+        ((f"--dir={tmp_path}", f"--output={tmp_path}/m.xlsx", "T1={case}/T1.nii.gz"), "must end in .csv"),
+        (("T1={case}/T1.nii.gz",), "--dir: missing"),
+    ):
+        done = run(*words)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr, done.stderr
+    assert (tmp_path / "manifest.csv").read_text() == before
