@@ -21,7 +21,7 @@ from entrust_jax.segdiff import schedule
 from entrust_jax.segdiff.denoiser import Denoiser, Projection, Projections
 
 RHO_SHARE = 0.3  # of stage 1, over which the conflict gate closes from 1 to 0
-XCOV_SHARE = 0.2  # of stage 1, over which the terms of independence are ramped in
+XCOV_SHARE = 0.2  # of stage 1, over which the independence term is ramped in
 FUSE_WEIGHT = 0.3  # of L_fuse beside L_diff in stage 2a
 NULL_SHARE = 0.05  # of the cases, which lose every modality: the null condition of the attribution
 
@@ -189,7 +189,7 @@ def _samples(x: Float[Array, "b *t d"], scale: int, phase: Int[Array, " axes"]) 
 def _part_terms(
     key: Array, evidence: Evidence, fused: Fused, body: Float[Array, "b *s"], factor: int
 ) -> dict[str, Array]:
-    """Independence, alignment, variance and domain terms: means over the scales; all but the last on one lattice."""
+    """Independence, alignment and variance terms: means over the scales, each on the same strided lattice."""
     scales = range(len(evidence.c))
     phase = jax.random.randint(key, (body.ndim - 1,), 0, 2**STRIDED_SCALE)
 
@@ -205,14 +205,13 @@ def _part_terms(
     kappa = [pool(fused.kappa[..., None], factor * 2**s, jnp.max) for s in scales]
     inside = [pool(body[..., None], factor * 2**s) for s in scales]
     mask = (stack(inside)[..., 0] > 0.5).astype(jnp.float32)
-    terms = jax.vmap(functools.partial(_one_scale, present=present))(
-        by_modality(evidence.c), by_modality(evidence.u), stack(fused.F_c), stack(fused.F_cf),
-        jnp.moveaxis(stack(pairs), -1, 1), stack(kappa)[..., 0], mask,
+    return jax.tree.map(
+        jnp.mean,
+        jax.vmap(functools.partial(_one_scale, present=present))(
+            by_modality(evidence.c), by_modality(evidence.u), stack(fused.F_c), stack(fused.F_cf),
+            jnp.moveaxis(stack(pairs), -1, 1), stack(kappa)[..., 0], mask,
+        ),
     )  # fmt: skip
-    whole = [(x[..., 0] > 0.5).astype(jnp.float32) for x in inside]  # a mean over a case is not taken from a lattice
-    each = zip(evidence.c, whole, strict=True)
-    terms["dom"] = jnp.stack([enfuse_objective.modality_identity(c, k, fused.present) for c, k in each])
-    return jax.tree.map(jnp.mean, terms)
 
 
 def _one_scale(

@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     volume = preprocess.read_volume(
         case, modalities=modalities, reference=data.reference, label_map=data.label_map, classes=classes
     )
-    present = [name for name in modalities if name in case.images]
+    present = [name for name, there in zip(modalities, volume.present, strict=True) if there]
     lost = losses(present, modalities, data.reference)
     missing = [name for name in modalities if name not in present]
     print(f"{volume.name}: present {', '.join(present)}; missing {', '.join(missing) or 'none'}")

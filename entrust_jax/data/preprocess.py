@@ -245,15 +245,14 @@ def resample(
     return np.where(covered, result, values.min()), covered
 
 
-def read_image(path: Path, grid: Grid | None) -> tuple[Grid, np.ndarray, np.ndarray]:
-    """One modality on a grid (its own when None): (grid, f32 [x, y, z], covered bool [x, y, z]).
+def read_image(path: Path, grid: Grid | None) -> tuple[Grid, np.ndarray, np.ndarray] | None:
+    """One modality on a grid (its own when None): (grid, f32 [x, y, z], covered bool [x, y, z]); None for a constant
 
-    Raises UserError for a constant image and for one whose grid does not overlap the given one.
+    image, which says nothing. Raises UserError for an image whose grid does not overlap the given one.
     """
     own, values = load_scan(path)
-    low, high = values.min(), values.max()
-    if low == high:
-        raise UserError(f"{path}: every voxel has the value {low:g}; leave the scan out or export it again")
+    if values.min() == values.max():
+        return None
     if grid is None or same_grid(own, grid):
         return grid or own, values.astype(np.float32), np.ones(values.shape, bool)
     return (grid, *resample(values, own, grid, order=1))
@@ -308,25 +307,37 @@ def read_volume(
 ) -> Volume:
     """Reads a case onto the grid of its reference modality (the first present one when that is missing).
 
-    Other modalities are resampled linearly through the affines, the label by nearest neighbour.
-    Raises UserError, naming the file, for anything that keeps one of the case's files from being used.
+    Other modalities are resampled linearly through the affines, the label by nearest neighbour. A modality with one
+    single value counts as missing. Raises UserError, naming the file, for anything else that keeps one of the case's
+    files from being used.
     """
     names = [name for name in modalities if name in case.images]
     if not names:
         raise UserError(f"{case.name}: none of {', '.join(modalities)} is there; give at least one modality")
-    first = reference if reference in names else names[0]
-    grid, values, covered = read_image(case.images[first], None)
+    warnings: list[str] = []
+    grid: Grid | None = None
+    scans: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name in sorted(names, key=lambda name: name != reference):
+        read = read_image(case.images[name], grid)
+        if read is None:
+            warnings.append(f"{case.images[name]}: every voxel has the same value; counts as missing")
+        else:
+            grid, values, covered = read
+            scans[name] = values, covered
+    if grid is None:
+        raise UserError(
+            f"{case.images[names[0]]}: every voxel has the same value, and no other scan of case {case.name} says more;"
+            " export the scans again"
+        )
     raw = np.zeros((len(modalities), *grid.shape), np.float32)
     field = np.zeros(raw.shape, bool)
-    present = np.array([name in names for name in modalities])
-    for m, name in enumerate(modalities):
-        if name == first:
-            raw[m], field[m] = values, covered
-        elif present[m]:
-            _, raw[m], field[m] = read_image(case.images[name], grid)
-    label, warnings = None, []
+    present = np.array([name in scans for name in modalities])
+    for m in np.flatnonzero(present).tolist():
+        raw[m], field[m] = scans.pop(modalities[m])
+    label = None
     if case.label is not None:
-        label, warnings = read_label(case.label, grid, label_map, classes)
+        label, about = read_label(case.label, grid, label_map, classes)
+        warnings += about
         label = np.ascontiguousarray(np.moveaxis(label, 2, 0))
     raw = np.ascontiguousarray(np.moveaxis(raw, 3, 1))
     field = np.moveaxis(field, 3, 1)
@@ -342,10 +353,13 @@ def read_volume(
                 "where it does not, it says nothing"
             )
         if not image[m].any():
-            raise UserError(
-                f"{case.images[modalities[m]]}: has one single value inside the body"
-                f" on the grid of {grid.path}; leave the scan out or register it"
+            present[m] = False
+            warnings.append(
+                f"{case.images[modalities[m]]}: has one single value inside the body on the grid of {grid.path};"
+                " counts as missing"
             )
+    if not present.any():
+        raise UserError(f"{grid.path}: no scan of case {case.name} says anything inside the body; export them again")
     x, y, z = voxel_sizes(grid.affine).tolist()
     return Volume(
         name=case.name,

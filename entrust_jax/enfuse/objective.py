@@ -1,11 +1,9 @@
 """EnFuse's objective: grounded unimodal posteriors, a predictive consensus, independent parts, no collapse.
 
-    L_fuse = L_uni + .5 L_con + .1 L_align + L_xcov + L_dom + .1 L_var + .1 L_rec (+ L_pi in stage 1)
+    L_fuse = L_uni + .5 L_con + .1 L_align + L_xcov + .1 L_var + .1 L_rec (+ L_pi in stage 1)
 
-The cross-covariance penalty is that of Cheung et al. 2014 (arXiv 1412.6583) in a scale-free form, between parts and,
-in L_dom, between content and the identity of its modality (the aim of ShaSpec's domain loss, Wang et al. 2023, arXiv
-2307.14126, without a classifier); the variance hinge that of VICReg (Bardes et al. 2021, arXiv 2105.04906). Weights
-and the rest: ours.
+The cross-covariance penalty is that of Cheung et al. 2014 (arXiv 1412.6583) in a scale-free form, the variance hinge
+that of VICReg (Bardes et al. 2021, arXiv 2105.04906). Weights and the rest: ours.
 """
 
 import jax
@@ -19,7 +17,7 @@ ACTIVE_KAPPA = 0.1  # F_cf must vary where conflict is above this
 ACTIVE_VOXELS = 64  # ... if there are so many of them
 
 PAIR_WEIGHTS = {"F_c,u": 1.0, "c,u": 1.0, "u,F_cf": 0.5, "F_c,F_cf": 0.25, "u,u": 0.25}
-WEIGHTS = {"uni": 1.0, "con": 0.5, "align": 0.1, "xcov": 1.0, "dom": 1.0, "var": 0.1, "rec": 0.1, "prior": 1.0}
+WEIGHTS = {"uni": 1.0, "con": 0.5, "align": 0.1, "xcov": 1.0, "var": 0.1, "rec": 0.1, "prior": 1.0}
 
 
 def xcov(
@@ -77,21 +75,6 @@ def independence(
     return total / count
 
 
-def modality_identity(
-    c: Float[Array, "b m *t d"], mask: Float[Array, "b *t"], present: Float[Array, "b m"]
-) -> Float[Array, ""]:
-    """L_dom of one scale: mean squared correlation of c_m, averaged over each case, with which modality m is.
-
-    What a linear probe can tell of the modality is what this correlates with: shared anatomy must not carry it.
-    """
-    k = mask[:, None, ..., None]
-    axes = tuple(range(2, c.ndim - 1))
-    means = jnp.sum(k * c, axis=axes) / jnp.maximum(jnp.sum(k, axis=axes), 1.0)
-    b, m = present.shape
-    identity = jnp.broadcast_to(jnp.eye(m)[None], (b, m, m))
-    return xcov(means.reshape(b * m, -1), identity.reshape(b * m, m), present.reshape(-1))
-
-
 def variance_hinge(x: Float[Array, "n d"], mask: Float[Array, " n"]) -> Float[Array, " d"]:
     """max(0, 1 - std) of each channel: keeps a part from shrinking to nothing."""
     k = mask[:, None]
@@ -134,8 +117,8 @@ def unimodal(
 
 
 def total(terms: dict[str, Float[Array, ""]], xcov_ramp: Float[Array, ""] | float = 1.0) -> Float[Array, ""]:
-    """L_fuse from its terms; those of independence are ramped in at the start of stage 1."""
-    scale = {"xcov": xcov_ramp, "dom": xcov_ramp}
+    """L_fuse from its terms; the independence term is ramped in at the start of stage 1."""
+    scale = {"xcov": xcov_ramp}
     return jnp.sum(jnp.stack([WEIGHTS[name] * scale.get(name, 1.0) * value for name, value in terms.items()]))
 
 

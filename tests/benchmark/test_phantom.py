@@ -104,17 +104,42 @@ def test_the_global_prior_is_the_same_everywhere(config):
     np.testing.assert_allclose(np.exp(flat.prior_logits)[:, 0, 0], rate, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "gone"), [("A4 no independence", "xcov"), ("no domain term", "dom")])
-def test_without_a_term_only_that_one_is_gone(config, name, gone):
-    key, terms = jax.random.key(0), []
-    for variant in (name, ablations.REFERENCE):
-        network = suite.own_network(config, ablations.ABLATIONS[variant])
-        shapes = jax.eval_shape(network.init, {"params": key, "dropout": key}, BATCH, key)
-        params = jax.tree.map(lambda x: 0.5 * some(*x.shape), shapes)
-        terms.append(entrust.enfuse_loss(network, params, jax.tree.map(jnp.asarray, BATCH), key, jnp.float32(1.0))[1])
-    assert terms[0][gone] == 0 and terms[1][gone] > 0
-    for other in {"uni", "con", "align", "var", "rec", "prior", "xcov", "dom"} - {gone}:
-        np.testing.assert_allclose(terms[0][other], terms[1][other], rtol=1e-5)
+def loss_terms(config, variant):
+    """The terms of stage 1's loss of random parameters under a variant's network."""
+    network, key = suite.own_network(config, ablations.ABLATIONS[variant]), jax.random.key(0)
+    shapes = jax.eval_shape(network.init, {"params": key, "dropout": key}, BATCH, key)
+    params = jax.tree.map(lambda x: 0.5 * some(*x.shape), shapes)
+    return entrust.enfuse_loss(network, params, jax.tree.map(jnp.asarray, BATCH), key, jnp.float32(1.0))[1]
+
+
+def test_without_independence_only_that_term_is_gone_and_the_domain_term_adds_to_it_alone(config):
+    plain, without, more = (
+        loss_terms(config, name) for name in (ablations.REFERENCE, "A4 no independence", "domain term")
+    )
+    assert without["xcov"] == 0 < plain["xcov"] < more["xcov"] <= plain["xcov"] + 1
+    for other in ("uni", "con", "align", "var", "rec", "prior"):
+        np.testing.assert_allclose(without[other], plain[other], rtol=1e-5)
+        np.testing.assert_allclose(more[other], plain[other], rtol=1e-5)
+
+
+def test_modality_identity_is_what_the_mean_content_of_a_case_tells_of_its_modality():
+    b, m, d = 12, 2, 3
+    c, mask = some(b, m, 4, 4, d), np.random.default_rng(1).uniform(size=(b, 4, 4)) < 0.7
+    c[:, 1, ..., 0] += 2  # one channel tells
+    c = np.where(mask[:, None, ..., None], c, 50 * some(b, m, 4, 4, d, seed=1))  # air does not count
+    present = np.ones((b, m), np.float32)
+    means = np.einsum("bmtsd,bts->bmd", c, mask) / mask.sum(axis=(1, 2))[:, None, None]
+    one_hot = np.tile(np.eye(m), (b, 1))
+    expected = float(np.mean(np.corrcoef(means.reshape(-1, d).T, one_hot.T)[:d, d:] ** 2))
+    identity = jax.jit(ablations.modality_identity)
+    np.testing.assert_allclose(identity(c, mask, present), expected, rtol=1e-4)
+    assert expected > 0.25
+    np.testing.assert_allclose(identity(np.repeat(c[:, :1], m, axis=1), mask, present), 0, atol=1e-6)
+    there = present.copy()
+    there[3:, 1] = 0  # what is missing does not count
+    garbage = np.where(there[..., None, None, None] > 0, c, 1e3).astype(np.float32)
+    np.testing.assert_allclose(identity(garbage, mask, there), identity(c, mask, there), rtol=1e-4)
+    assert identity(c[:, :1], mask, present[:, :1]) == 0  # a single modality has nothing to hide
 
 
 def test_without_own_evidence_nothing_of_the_noisy_mask_is_copied(config):

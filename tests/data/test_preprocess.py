@@ -1,5 +1,6 @@
 """From files to arrays and back: geometry, body, normalisation, and the errors that damaged files cause."""
 
+import dataclasses
 import gzip
 from pathlib import Path
 
@@ -226,8 +227,11 @@ FAR = np.array([[2.0, 0, 0, 5000], [0, 3, 0, 0], [0, 0, 4, 0], [0, 0, 0, 1]])
     "what, file, message",
     [
         ({"t1": with_nan()}, "T1.nii.gz", "contains NaN"),
-        ({"t1": np.full((16, 14, 6), 5.0)}, "T1.nii.gz", "every voxel has the value 5"),
-        ({"flair": np.zeros((16, 14, 6))}, "FLAIR.nii.gz", "every voxel has the value 0"),
+        (
+            {"t1": np.full((16, 14, 6), 5.0), "flair": np.zeros((16, 14, 6))},
+            "T1.nii.gz",
+            "every voxel has the same value, and no other scan of case case says more",
+        ),
         ({"t1": np.zeros((16, 14, 6, 2))}, "T1.nii.gz", r"shape \(16, 14, 6, 2\), expected one 3-D scan"),
         ({"t1": head()[0]}, "T1.nii.gz", "expected one 3-D scan"),
         (
@@ -243,6 +247,24 @@ def test_bad_content_names_the_file(tmp_path, what, file, message):
     with pytest.raises(UserError, match=message) as error:
         read(make_case(tmp_path, **what))
     assert str(tmp_path / file) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "other"), [("t1", "FLAIR"), ("flair", "T1")])
+def test_a_scan_with_one_value_is_a_missing_one(tmp_path, name, other):
+    case = make_case(tmp_path, **{name: np.full((16, 14, 6), 5.0, np.float32)})
+    volume = read(case)
+    assert volume.reference == case.images[other] and f"{name.upper()}.nii.gz: every voxel" in volume.warnings[0]
+    alone = read(dataclasses.replace(case, images={other: case.images[other]}))
+    np.testing.assert_array_equal(volume.present, alone.present)
+    np.testing.assert_array_equal(volume.image, alone.image)
+
+
+def test_a_scan_with_one_value_inside_the_body_is_a_missing_one(tmp_path):
+    far = np.full((16, 14, 6), 2.0, np.float32)
+    far[0, 0] = 3.0  # in the air
+    volume = read(make_case(tmp_path, t1=far))
+    assert not volume.present[OPTIONS["modalities"].index("T1")] and volume.present.sum() == 1
+    assert any("T1.nii.gz: has one single value inside the body" in warning for warning in volume.warnings)
 
 
 @pytest.mark.parametrize("name, file", [("t1", "T1.nii.gz"), ("label", "label.nii.gz")])

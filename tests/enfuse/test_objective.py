@@ -39,26 +39,6 @@ def test_xcov_is_the_mean_squared_correlation_of_the_samples_in_the_mask():
     np.testing.assert_allclose(xcov(garbage, z, mask), xcov(y, z, mask), rtol=1e-4)
 
 
-def test_modality_identity_is_what_the_mean_content_of_a_case_tells_of_its_modality():
-    b, m, d = 12, 2, 3
-    c, mask = normal(b, m, 4, 4, d), (RNG.uniform(size=(b, 4, 4)) < 0.7).astype(np.float32)
-    c[:, 1, ..., 0] += 2  # one channel tells
-    c = np.where(mask[:, None, ..., None] > 0, c, 50 * normal(b, m, 4, 4, d, seed=1))  # air does not count
-    present = np.ones((b, m), np.float32)
-    means = np.einsum("bmtsd,bts->bmd", c, mask) / mask.sum(axis=(1, 2))[:, None, None]
-    one_hot = np.tile(np.eye(m), (b, 1))
-    expected = mean_r2(means.reshape(-1, d), one_hot)
-    identity = jax.jit(objective.modality_identity)
-    np.testing.assert_allclose(identity(c, mask, present), expected, rtol=1e-4)
-    assert expected > 0.25
-    np.testing.assert_allclose(identity(np.repeat(c[:, :1], m, axis=1), mask, present), 0, atol=1e-6)
-    there = present.copy()
-    there[3:, 1] = 0  # what is missing does not count
-    garbage = np.where(there[..., None, None, None] > 0, c, 1e3).astype(np.float32)
-    np.testing.assert_allclose(identity(garbage, mask, there), identity(c, mask, there), rtol=1e-4)
-    assert identity(c[:, :1], mask, present[:, :1]) == 0  # a single modality has nothing to hide
-
-
 
 def test_xcov_is_free_of_scale_and_shift_and_so_is_its_gradient():
     y, z = normal(64, 3), normal(64, 2, seed=1)
