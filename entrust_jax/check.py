@@ -1,0 +1,136 @@
+"""python -m entrust_jax.check --config=configs/X.py [--config.data.dir=D] [--output=O]
+
+Reads every case as training would and says what there is, what is wrong with which file and what a training would
+cost, before anything is trained. Writes O/check.png (a contact sheet: look at it) and O/check.json. Leaves with 2 where
+a case cannot be read or no training is possible, with 0 where there are only warnings.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from entrust_jax import cli
+from entrust_jax.errors import UserError
+
+FLAGS = flags.FLAGS
+PICTURED = 12  # cases on the contact sheet
+
+
+def define_flags() -> None:
+    """The command line of this entry point."""
+    cli.config_flag()
+    flags.DEFINE_string("output", None, "Folder for check.png and check.json; runs/<config name>_check by default.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Checks the config, looks at every case, draws the sheet, plans the training."""
+    del argv
+    config: Any = FLAGS.config
+    output = Path(FLAGS.output or cli.default_workdir(config).with_name(f"{config.name}_check"))
+    cli.check_place(output, "--output")
+
+    from entrust_jax import train  # after the cheap checks: it takes seconds to load
+
+    train.check(output, config)
+    cli.setup_devices(at_most=config.train.batch)
+    found, errors = survey(config, output)
+    print_found(found)
+    try:
+        train.dataset.check(config.data)
+        found["plan"] = plan(config, epoch(config, found["slices"]))
+    except UserError as error:
+        errors.append(str(error))
+    from entrust_jax.runtime import logs
+
+    logs.write_json(output / "check.json", found | {"errors": errors})
+    print(f"\n{output}/check.png: look at it: orientation, outlines, modalities in their columns")
+    if errors:
+        raise UserError(f"{len(errors)} to mend; " + "; ".join(errors[:3]) + (" ..." if len(errors) > 3 else ""))
+    print(f"ready: python -m entrust_jax.train --config=... ({len(found['warnings'])} warnings)")
+
+
+def survey(config: Any, output: Path) -> tuple[dict[str, Any], list[str]]:
+    """Looks at every case and draws the sheet: (what was found, the errors)."""
+    import numpy as np
+
+    from entrust_jax.data import survey
+    from entrust_jax.report import contact, curves
+    from entrust_jax.runtime import logs
+
+    data = config.data
+    modalities, classes = tuple(data.modalities), tuple(data.classes)
+    cases = survey.cases_of(data)
+    pictured = set(np.linspace(0, len(cases) - 1, min(PICTURED, len(cases))).round().astype(int).tolist())
+    findings, glimpses = [], []
+    with logs.progress("cases", len(cases)) as show:
+        for i, case in enumerate(cases):
+            finding, one = survey.look(data, case, config.seed)
+            findings.append(finding)
+            if one is not None and i in pictured:
+                glimpses.append(one)
+            show(i + 1)
+    output.mkdir(parents=True, exist_ok=True)
+    title = f"{config.name}: {len(glimpses)} of {len(cases)} cases"
+    curves.save(contact.sheet(glimpses, modalities, classes, title), output / "check.png")
+    warnings = [line for finding in findings for line in finding.warnings]
+    warnings += survey.exchanged(findings, modalities)
+    found = survey.summary(findings, modalities, classes) | {"warnings": warnings}
+    return found, [finding.error for finding in findings if finding.error]
+
+
+def print_found(found: dict[str, Any]) -> None:
+    """What there is and what needs a word."""
+    print(f"{found['cases']} cases of {found['patients']} patients, {found['unreadable']} of them unreadable")
+    print("  " + ", ".join(f"{name} in {count}" for name, count in found["modalities"].items()))
+    for what, unit in (("size", "voxels, D H W"), ("spacing", "mm along D H W")):
+        if found[what]:
+            spans = (" x ".join(f"{v:g}" for v in found[what][word]) for word in ("least", "median", "most"))
+            print(f"  {what}: " + " / ".join(spans) + f" (least / median / most, {unit})")
+    for name, own in found["labels"].items():
+        print(f"  {name}: {own['voxels']:,} voxels in {own['cases']} cases")
+    for line in found["warnings"]:
+        print(f"  warning: {line}")
+
+
+def epoch(config: Any, slices: dict[str, int]) -> int:
+    """Slices with a body in the training part of the split."""
+    from entrust_jax.data import dataset, splits
+
+    data, s = config.data, config.data.split
+    if data.layout == "phantom":
+        return data.phantom.cases[0] * data.phantom.depth
+    pairs = [(case.name, case.patient) for case in dataset.find(data)]
+    parts = splits.draw(pairs, seed=s.seed, folds=s.folds, fold=s.fold, test_pattern=s.test_pattern)
+    return sum(slices.get(name, 0) for name in parts["train"])
+
+
+def plan(config: Any, slices: int) -> dict[str, Any]:
+    """Compiles every stage, times its step on an empty batch, and says what training costs; `slices` are an epoch."""
+    from entrust_jax import api, train
+    from entrust_jax.runtime import mesh
+
+    devices, network = mesh.data_mesh(), api.network_of(config)
+    stages = train.plan_stages(config, network)
+    steps = {stage.name: train.compile_step(config, network, stage, devices) for stage in stages}
+    train.print_plan(config, stages, steps, devices, Path("a working folder"))
+    size = mesh.round_to_devices(config.train.batch, devices)
+    for stage in stages:
+        minutes = slices / size * steps[stage.name].step_seconds / 60
+        passes = stage.steps * size / max(slices, 1)
+        print(f"  {stage.name}: an epoch of {slices} slices takes {minutes:.1f} min; the plan is {passes:.1f} epochs")
+    return {
+        stage.name: {
+            "steps": stage.steps,
+            "seconds_per_step": steps[stage.name].step_seconds,
+            "compile_seconds": steps[stage.name].compile_seconds,
+            "megabytes_per_device": steps[stage.name].memory_mb,
+        }
+        for stage in stages
+    }
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main, required=["config"])

@@ -1,0 +1,196 @@
+"""What a data set holds and what is wrong with it, case by case: for a person, before anything is trained."""
+
+import itertools
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from entrust_jax.data import dataset, phantom, preprocess
+from entrust_jax.data.cases import Case
+from entrust_jax.data.preprocess import Volume
+from entrust_jax.errors import UserError
+
+CELLS = (3, 6, 6)  # of the body's box, in which a modality's mean and spread are compared between cases
+LEAST_VOXELS = 20  # of a cell, below which it says nothing
+LEAST_CASES = 8  # of a modality, below which there is no usual appearance
+SUSPICIOUS = 1.03  # usual distance over that of the best exchange: 1 of 61 glioma patients lies above it as they are
+FAR = 4.0  # deviations from the usual that count; more is no more
+
+
+class Finding(NamedTuple):
+    """One case: what was read, or why it could not be."""
+
+    name: str
+    patient: str
+    present: tuple[str, ...]
+    shape: tuple[int, int, int]  # D, H, W
+    spacing: tuple[float, float, float]  # mm
+    slices: int  # with a body
+    counts: tuple[int, ...] | None  # labelled voxels of each class; None without a label
+    appearance: Float[np.ndarray, "m f"]
+    warnings: tuple[str, ...]
+    error: str = ""
+
+
+class Glimpse(NamedTuple):
+    """The slice of a case that shows most of its label, else its middle."""
+
+    name: str
+    number: int
+    image: Float[np.ndarray, "m h w"]
+    present: Bool[np.ndarray, " m"]
+    label: Int[np.ndarray, "h w"] | None
+    body: Bool[np.ndarray, "h w"]
+    spacing: tuple[float, float, float]
+
+
+def cases_of(data: Any) -> list[Case] | list[str]:
+    """What there is to look at: scans, or the names of a few phantoms. Raises UserError where there is no data."""
+    if data.layout != "phantom":
+        return dataset.find(data)
+    return [phantom.case_name(number) for number in range(min(16, sum(data.phantom.cases)))]
+
+
+def look(data: Any, case: Case | str, seed: int) -> tuple[Finding, Glimpse | None]:
+    """Reads a case as training would. A case that cannot be read is a finding, not an exception."""
+    modalities, classes = tuple(data.modalities), tuple(data.classes)
+    if isinstance(case, str):
+        (volume,), _ = dataset.read(data, [case], seed)
+    else:
+        try:
+            volume = preprocess.read_volume(
+                case,
+                modalities=modalities,
+                reference=data.reference,
+                label_map=tuple(map(tuple, data.label_map)),
+                classes=classes,
+            )
+        except UserError as error:
+            nothing = np.full((len(modalities), 2 * int(np.prod(CELLS))), np.nan)
+            return Finding(
+                case.name, case.patient, tuple(case.images), (0, 0, 0), (0, 0, 0), 0, None, nothing, (), str(error)
+            ), None
+    counts = None
+    said = list(volume.warnings)
+    if volume.label is None:
+        said.append(f"case {volume.name}: has no label; training leaves it out")
+    else:
+        counts = tuple(int(np.sum(volume.label == k)) for k in range(len(classes)))
+    said += copies(volume, modalities)
+    present = tuple(name for name, here in zip(modalities, volume.present, strict=True) if here)
+    finding = Finding(
+        name=volume.name,
+        patient=volume.patient,
+        present=present,
+        shape=(volume.body.shape[0], volume.body.shape[1], volume.body.shape[2]),
+        spacing=volume.spacing,
+        slices=int(volume.body.any(axis=(1, 2)).sum()),
+        counts=counts,
+        appearance=np.stack([appearance(volume, m) for m in range(len(modalities))]),
+        warnings=tuple(said),
+    )
+    return finding, glimpse(volume)
+
+
+def glimpse(volume: Volume) -> Glimpse:
+    """The slice with the largest labelled area, else the middle one of the body."""
+    area = np.zeros(len(volume.body)) if volume.label is None else np.sum(volume.label > 0, axis=(1, 2))
+    inside = np.flatnonzero(volume.body.any(axis=(1, 2)))
+    middle = int(inside[len(inside) // 2]) if inside.size else len(volume.body) // 2
+    z = int(np.argmax(area)) if area.any() else middle
+    label = None if volume.label is None else volume.label[z]
+    return Glimpse(volume.name, z, volume.image[:, z], volume.present, label, volume.body[z], volume.spacing)
+
+
+def copies(volume: Volume, modalities: Sequence[str]) -> list[str]:
+    """A line for every two modalities that are voxel for voxel the same, up to scale."""
+    return [
+        f"case {volume.name}: {modalities[a]} and {modalities[b]} are the same scan voxel for voxel;"
+        " one of the files is in the place of another"
+        for a, b in itertools.combinations(np.flatnonzero(volume.present).tolist(), 2)
+        if np.allclose(volume.image[a], volume.image[b], atol=1e-4)
+    ]
+
+
+def appearance(volume: Volume, m: int) -> Float[np.ndarray, " f"]:
+    """Mean and standard deviation of a modality in each cell of the body's box; NaN where there is too little. Ours."""
+    size = int(np.prod(CELLS))
+    if not volume.present[m]:
+        return np.full(2 * size, np.nan)
+    place = (volume.coordinates[volume.body] + 1) / 2 * np.array(CELLS)
+    cell = np.ravel_multi_index(tuple(np.clip(place.astype(int), 0, np.array(CELLS) - 1).T), CELLS)
+    values = volume.image[m][volume.body].astype(np.float64)
+    count = np.bincount(cell, minlength=size)
+    mean = np.bincount(cell, values, minlength=size) / np.maximum(count, 1)
+    square = np.bincount(cell, values**2, minlength=size) / np.maximum(count, 1)
+    both = np.concatenate([mean, np.sqrt(np.maximum(square - mean**2, 0))])
+    return np.where(np.tile(count > LEAST_VOXELS, 2), both, np.nan)
+
+
+def exchanged(findings: Sequence[Finding], modalities: Sequence[str]) -> list[str]:
+    """A line for every case whose modalities look more like each other's usual appearance than like their own.
+
+    Usual: median and deviation over the other cases. A suspicion, for which a person should look at the picture: some
+    exchanges (T1 and T1ce) hardly show.
+    """
+    seen = [finding for finding in findings if not finding.error]
+    every = np.stack([finding.appearance for finding in seen]) if seen else np.zeros((0, len(modalities), 0))
+    lines = []
+    for i, finding in enumerate(seen):
+        rest = np.delete(every, i, axis=0)
+        enough = np.sum(~np.all(np.isnan(rest), axis=2), axis=0) >= LEAST_CASES
+        here = [m for m, name in enumerate(modalities) if name in finding.present and enough[m]]
+        if len(here) < 2:
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a cell that no case has
+            usual = np.nanmedian(rest, axis=0)
+            spread = 1.48 * np.nanmedian(np.abs(rest - usual), axis=0) + 0.1
+            away = np.abs(every[i][:, None] - usual[None]) / spread[None]
+            cost = np.nanmean(np.minimum(away, FAR), axis=2)  # [file, modality]
+        orders = [*itertools.permutations(here)] if len(here) < 7 else _exchanges(here)
+        best = min(orders, key=lambda order: sum(cost[a, b] for a, b in zip(here, order, strict=True)))
+        own, other = (sum(cost[a, b] for a, b in zip(here, order, strict=True)) for order in (here, best))
+        if own > SUSPICIOUS * other:
+            pairs = [f"{modalities[a]} looks like {modalities[b]}" for a, b in zip(here, best, strict=True) if a != b]
+            lines.append(f"case {finding.name}: {', '.join(pairs)}; see whether the files were exchanged")
+    return lines
+
+
+def _exchanges(here: list[int]) -> list[tuple[int, ...]]:
+    """As they are, and every exchange of two."""
+    orders = [tuple(here)]
+    for a, b in itertools.combinations(range(len(here)), 2):
+        order = list(here)
+        order[a], order[b] = order[b], order[a]
+        orders.append(tuple(order))
+    return orders
+
+
+def summary(findings: Sequence[Finding], modalities: Sequence[str], classes: Sequence[str]) -> dict[str, Any]:
+    """What was found, in numbers; medians and ranges over the cases that could be read."""
+    read = [finding for finding in findings if not finding.error]
+
+    def span(values: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+        if not values:
+            return {}
+        every = {"least": np.min, "median": np.median, "most": np.max}
+        return {word: np.round(of(np.array(values, float), axis=0), 3).tolist() for word, of in every.items()}
+
+    labelled = [finding.counts for finding in read if finding.counts is not None]
+    return {
+        "cases": len(findings),
+        "patients": len({finding.patient for finding in findings}),
+        "unreadable": len(findings) - len(read),
+        "modalities": {name: sum(name in finding.present for finding in read) for name in modalities},
+        "slices": {finding.name: finding.slices for finding in read},
+        "size": span([finding.shape for finding in read]),
+        "spacing": span([finding.spacing for finding in read]),
+        "labels": {
+            name: {"cases": sum(own[k] > 0 for own in labelled), "voxels": sum(own[k] for own in labelled)}
+            for k, name in enumerate(classes)
+        },
+    }

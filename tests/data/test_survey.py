@@ -1,0 +1,145 @@
+"""What the check says of a data set: counts, damage, copies, and files in each other's place."""
+
+import dataclasses
+
+import nibabel
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from entrust_jax.data import layouts, survey
+from entrust_jax.data.preprocess import Volume, coordinates
+from entrust_jax.report import contact, curves
+
+MODALITIES = ("T1", "FLAIR", "T1ce")
+
+
+def volume(number: int, modalities: int = 3) -> Volume:
+    """A body in which every modality has a pattern of its own, and every case a noise of its own."""
+    rng = np.random.default_rng(number)
+    body = np.zeros((6, 24, 24), bool)
+    body[:, 2:22, 3:21] = True
+    place = coordinates(body)
+    waves = [np.sin((m + 1) * place[..., 1] + m) + place[..., 2] * (m - 1) for m in range(modalities)]
+    image = np.stack([w + 0.5 * rng.normal(size=body.shape) for w in waves]).astype(np.float32) * body
+    label = np.zeros(body.shape, np.int32)
+    label[3, 8:12, 8:12] = 1
+    return Volume(
+        name=f"case{number}", patient=f"p{number // 2}", number=number, image=image, present=np.ones(modalities, bool),
+        label=label, body=body, coordinates=place, spacing=(3.0, 1.0, 1.0), reference=None,
+    )  # fmt: skip
+
+
+def finding(one: Volume) -> survey.Finding:
+    d, h, w = one.body.shape
+    looks = np.stack([survey.appearance(one, m) for m in range(len(one.image))])
+    present = tuple(name for name, here in zip(MODALITIES, one.present, strict=False) if here)
+    return survey.Finding(one.name, one.patient, present, (d, h, w), one.spacing, 6, (10, 2), looks, ())
+
+
+def swapped(one: Volume, a: int, b: int) -> Volume:
+    image = one.image.copy()
+    image[[a, b]] = image[[b, a]]
+    return dataclasses.replace(one, image=image)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0, 1), (0, 2), (1, 2)])
+def test_two_files_in_each_others_place_are_noticed_and_nothing_else_is(a, b):
+    volumes = [volume(n) for n in range(10)]
+    assert survey.exchanged([finding(one) for one in volumes], MODALITIES) == []
+    volumes[4] = swapped(volumes[4], a, b)
+    (line,) = survey.exchanged([finding(one) for one in volumes], MODALITIES)
+    assert "case case4: " in line and f"{MODALITIES[a]} looks like {MODALITIES[b]}" in line
+    assert f"{MODALITIES[b]} looks like {MODALITIES[a]}" in line
+
+
+def test_a_missing_modality_and_few_cases_say_nothing_of_exchanges():
+    volumes = [volume(n) for n in range(10)]
+    present = np.array([True, False, True])
+    image = volumes[4].image * present[:, None, None, None]
+    volumes[4] = swapped(dataclasses.replace(volumes[4], present=present, image=image), 0, 2)
+    (line,) = survey.exchanged([finding(one) for one in volumes], MODALITIES)
+    assert "FLAIR" not in line
+    assert survey.exchanged([finding(one) for one in volumes[:8]], MODALITIES) == []
+    assert survey.exchanged([], MODALITIES) == []
+
+
+def test_a_copy_is_named_also_where_its_scale_is_another():
+    one = volume(0)
+    image = one.image.copy()
+    image[2] = image[1]
+    (line,) = survey.copies(dataclasses.replace(one, image=image), MODALITIES)
+    assert "case0: FLAIR and T1ce are the same scan" in line
+    assert survey.copies(one, MODALITIES) == []
+
+
+def data(folder, **changes):
+    values = {
+        "layout": "brats", "dir": str(folder), "source": "", "modalities": ("T1", "FLAIR"), "reference": "FLAIR",
+        "patient_pattern": "", "classes": ("background", "lesion"), "label_map": ((0, 0), (1, 1)),
+    }  # fmt: skip
+    return ConfigDict(values | changes)
+
+
+def write(folder, name, t1, flair, label=None):
+    (folder / name).mkdir()
+    for kind, values in (("t1", t1), ("flair", flair), ("seg", label)):
+        if values is not None:
+            path = folder / name / f"{name}_{kind}.nii.gz"
+            nibabel.Nifti1Image(np.asarray(values), np.diag([1.0, 1.0, 3.0, 1.0])).to_filename(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four cases: whole, without a label, with a copy, and truncated."""
+    whole = volume(1, 2)
+    t1, flair = (np.moveaxis(x, 0, 2) + 5 * np.moveaxis(whole.body, 0, 2) for x in whole.image)
+    assert whole.label is not None
+    label = np.moveaxis(whole.label, 0, 2).astype(np.uint8)
+    write(tmp_path, "a", t1, flair, label)
+    write(tmp_path, "b", t1, flair)
+    write(tmp_path, "c", t1, 7 * t1 + 3, label)
+    write(tmp_path, "d", t1, flair, label)
+    path = tmp_path / "d" / "d_t1.nii.gz"
+    path.write_bytes(path.read_bytes()[:-200])
+    return tmp_path
+
+
+def test_every_case_is_a_finding_whatever_is_wrong_with_it(folder, tmp_path):
+    options = data(folder)
+    found, glimpses = zip(*(survey.look(options, case, 0) for case in survey.cases_of(options)), strict=True)
+    a, b, c, d = found
+    assert a.warnings == () and a.counts is not None and a.counts[1] == 16 and a.shape == (6, 24, 24)
+    assert a.spacing == (3.0, 1.0, 1.0) and a.slices == 6
+    assert "case b: has no label" in b.warnings[0] and b.counts is None
+    assert any("T1 and FLAIR are the same scan" in line for line in c.warnings)
+    assert "d_t1.nii.gz: unreadable or truncated" in d.error and glimpses[3] is None
+    summary = survey.summary(found, ("T1", "FLAIR"), ("background", "lesion"))
+    assert (summary["cases"], summary["unreadable"]) == (4, 1)
+    assert summary["modalities"] == {"T1": 3, "FLAIR": 3}
+    assert summary["labels"]["lesion"] == {"cases": 2, "voxels": 32}
+    assert summary["spacing"]["median"] == [3, 1, 1] and summary["slices"] == {"a": 6, "b": 6, "c": 6}
+    assert glimpses[0].number == 3  # where the label is
+    shown = [one for one in glimpses if one is not None]
+    curves.save(contact.sheet(shown, ("T1", "FLAIR"), ("background", "lesion"), "four"), tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size > 10_000
+
+
+def test_nothing_readable_still_has_a_summary(folder):
+    options = data(folder, label_map=((0, 0), (9, 1)))
+    found = [survey.look(options, case, 0)[0] for case in survey.cases_of(options)]
+    assert "label value 1 is not in config.data.label_map" in found[0].error
+    summary = survey.summary([one for one in found if one.error], ("T1", "FLAIR"), ("background", "lesion"))
+    assert summary["spacing"] == {} and summary["modalities"] == {"T1": 0, "FLAIR": 0}
+
+
+def test_real_scans_exchanged_by_hand_are_noticed(data_root):
+    place = data_root / "Dataset101_LowerGradeGlioma"
+    if not place.is_dir():
+        pytest.skip(f"no {place}")
+    options = data(place, layout="nnunet", modalities=MODALITIES, label_map=((0, 0), (1, 1), (255, 1)))
+    cases = [case for case in survey.cases_of(options) if isinstance(case, layouts.Case)][20:34]
+    files = {**cases[3].images, "FLAIR": cases[3].images["T1ce"], "T1ce": cases[3].images["FLAIR"]}
+    cases[3] = dataclasses.replace(cases[3], images=files)
+    found = [survey.look(options, case, 0)[0] for case in cases]
+    assert any(f"case {cases[3].name}: " in line for line in survey.exchanged(found, MODALITIES))

@@ -1,0 +1,45 @@
+"""The check as a person meets it: a process, its exit code, its words, its picture."""
+
+import json
+import os
+import subprocess
+import sys
+
+import nibabel
+import numpy as np
+
+
+def run(repository, *words):
+    command = [sys.executable, "-m", "entrust_jax.check", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=repository, env=dict(os.environ))
+
+
+def test_a_sound_set_is_counted_pictured_and_planned(repository, tmp_path):
+    done = run(
+        repository, "--config=configs/phantom.py", f"--output={tmp_path}/seen", "--config.method=unet",
+        "--config.unet.widths=(4,4)", "--config.train.batch=8", "--config.data.phantom.cases=(8,4,4,4)",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "16 cases of 16 patients, 0 of them unreadable" in done.stdout
+    assert "A in 16, B in 16" in done.stdout and "an epoch of 8 slices takes" in done.stdout
+    found = json.loads((tmp_path / "seen" / "check.json").read_text())
+    assert found["errors"] == [] and found["plan"]["unet"]["seconds_per_step"] > 0
+    assert found["labels"]["lesion"]["voxels"] > 0
+    assert (tmp_path / "seen" / "check.png").stat().st_size > 50_000
+
+
+def test_a_damaged_set_leaves_with_2_and_names_the_file(repository, tmp_path):
+    grid = np.random.default_rng(0).normal(size=(16, 16, 4)).astype(np.float32)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for kind in ("t1", "t1ce", "t2", "flair", "seg"):
+            values = np.zeros(grid.shape, np.uint8) if kind == "seg" else grid + ord(kind[-1])
+            nibabel.Nifti1Image(values, np.eye(4)).to_filename(tmp_path / name / f"{name}_{kind}.nii.gz")
+    broken = tmp_path / "b" / "b_t2.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:100])
+    done = run(repository, "--config=configs/brats.py", f"--config.data.dir={tmp_path}", f"--output={tmp_path}/seen")
+    assert done.returncode == 2, done.stderr
+    assert "error: 2 to mend" in done.stderr and f"{broken}: unreadable or truncated" in done.stderr
+    assert "leaves no patient" in done.stderr  # two patients are no data set
+    assert "the same scan voxel for voxel" in done.stdout and "empty label" in done.stdout
+    assert (tmp_path / "seen" / "check.png").exists() and "Traceback" not in done.stderr
