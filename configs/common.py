@@ -32,6 +32,8 @@ def get_config() -> Any:
         }
     )
     config.data.regions = ConfigDict({})
+    # How intensities with a unit are read: {"CT": ("window", low, high), "PET": ("scale", unit)}; others are z-scored.
+    config.data.intensity = ConfigDict({})
 
     config.model = ConfigDict(
         {

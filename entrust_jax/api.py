@@ -23,7 +23,7 @@ from entrust_jax.runtime import checkpoint, mesh
 
 SECTIONS = ("name", "method", "seed", "data", "model", "diffusion", "train", "unet")
 # Keys that older working folders lack, with the values that they were trained with.
-ADDED = {"data": {"patient_pattern": ""}}
+ADDED = {"data": {"patient_pattern": "", "intensity": {}}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,11 @@ def multiple(config: Any) -> int:
     return math.lcm(16, coarsest(config))
 
 
+def completed(values: dict[str, Any]) -> dict[str, Any]:
+    """A config as it was written down, with the keys that were added since."""
+    return values | {section: added | values[section] for section, added in ADDED.items()}
+
+
 def read_config(workdir: Path) -> ConfigDict:
     """The config that a working folder was trained with. Raises UserError when there is none, or no whole one."""
     path = workdir / "config.json"
@@ -102,9 +107,7 @@ def read_config(workdir: Path) -> ConfigDict:
         lacking = [name for name in SECTIONS if name not in values] if isinstance(values, dict) else ["an object"]
         if lacking:
             raise ValueError(f"it lacks {lacking[0]}")
-        for section, added in ADDED.items():
-            values[section] = added | values[section]
-        return ConfigDict(values)
+        return ConfigDict(completed(values))
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; train first: python -m entrust_jax.train --config=configs/X.py --workdir={workdir}"

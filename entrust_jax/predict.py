@@ -58,7 +58,12 @@ def main(argv: Sequence[str]) -> None:
     # A mask in the folder is not needed here, and a bad one must not stop a prediction.
     case = dataclasses.replace(case, label=None)
     volume = preprocess.read_volume(
-        case, modalities=modalities, reference=data.reference, label_map=data.label_map, classes=classes
+        case,
+        modalities=modalities,
+        reference=data.reference,
+        label_map=data.label_map,
+        classes=classes,
+        intensity=data.intensity.to_dict(),
     )
     present = [name for name, there in zip(modalities, volume.present, strict=True) if there]
     lost = losses(present, modalities, data.reference)

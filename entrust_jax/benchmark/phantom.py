@@ -403,7 +403,9 @@ def claim(workdir: Path, asked: dict[str, Any]) -> None:
     if not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)
         logs.write_json(path, asked)
-    elif json.loads(path.read_text()) != asked:
+        return
+    before = json.loads(path.read_text())
+    if before | {"config": api.completed(before["config"])} != asked:
         raise UserError(f"{workdir}: was made with another config or version; give another --output, or remove it")
 
 

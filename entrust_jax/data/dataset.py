@@ -127,6 +127,7 @@ def read(data: Any, names: Iterable[str], seed: int) -> tuple[list[Volume], list
         reference=data.reference,
         label_map=tuple(map(tuple, data.label_map)),
         classes=tuple(data.classes),
+        intensity=data.intensity.to_dict(),
     )
     if not volumes:
         raise UserError(f"{data.dir}: no case could be read; the first problem was: {problems[0]}")

@@ -5,8 +5,9 @@ import dataclasses
 import gzip
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import nibabel
@@ -37,11 +38,14 @@ UNREADABLE = (
 )
 
 
+Rule = tuple[str, *tuple[float, ...]]  # how a modality's intensities are read; see `normalise`
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Volume:
     """One case on the grid of its reference scan, in canonical (RAS) orientation, axes [D, H, W] = (z, x, y).
 
-    image: z-scores inside the body, 0 outside it and where a modality is missing.
+    image: z-scores, or what its rule says, inside the body; 0 outside it and where a modality is missing.
     label: class indices, -1 where the label file does not reach; None when there is none.
     coordinates: position in the body's bounding box scaled to [-1, 1], order D, H, W.
     spacing: mm along D, H, W.
@@ -63,31 +67,68 @@ class Volume:
 
 
 def normalise(
-    image: Float[np.ndarray, "m *s"], present: Bool[np.ndarray, " m"], body: Bool[np.ndarray, "*s"]
+    image: Float[np.ndarray, "m *s"],
+    present: Bool[np.ndarray, " m"],
+    body: Bool[np.ndarray, "*s"],
+    rules: Sequence[Rule | None] = (),
 ) -> Float32[np.ndarray, "m *s"]:
-    """Z-scores per modality inside the body; 0 outside it and for missing modalities.
+    """What the networks see of each modality inside the body; 0 outside it and for missing modalities.
 
-    Mean and standard deviation are those of the values clipped to their .5 and 99.5 percentiles, so that a
-    few hot voxels do not set the scale. Beyond |z| = 4 the value goes on as 4 + log(1 + |z| - 4): slow growth
-    without the ties of a hard clip, since a PET lesion lies at z > 10 and must keep its order. Ours.
+    By default z-scores (`z_scores`), for intensities without a unit, as of MR. rules: one a modality, for those with
+    one: ("window", low, high) clips to the window and maps it to [-2, 2] (CT in Hounsfield units); ("scale", unit)
+    divides by the unit (PET in SUV), so that a value means the same in every patient. Beyond |z| = 4 the value goes
+    on as 4 + log(1 + |z| - 4): slow growth without the ties of a hard clip, since a PET lesion lies at z > 10 and must
+    keep its order. Ours.
     """
     result = np.zeros(image.shape, np.float32)
-    for m in np.flatnonzero(present):
+    for m in np.flatnonzero(present).tolist():
         inside = image[m][body].astype(np.float32)
         if inside.size == 0:
             continue
-        low, high = np.percentile(inside, (0.5, 99.5))
-        clipped = np.clip(inside, low, high)
-        scale = float(clipped.std(dtype=np.float64))
-        if scale <= 1e-6 * max(1.0, abs(float(high))):
-            # Nearly all equal (a sparse map): the percentiles carry no scale, the plain moments do.
-            clipped = inside
-            scale = float(inside.std(dtype=np.float64))
-        z = (inside - clipped.mean(dtype=np.float64)) / (scale if scale > 0 else 1.0)
+        rule = rules[m] if m < len(rules) else None
+        if rule is None:
+            z = z_scores(inside)
+        elif rule[0] == "window":
+            low, high = rule[1:]
+            z = 4 * (np.clip(inside, low, high) - low) / (high - low) - 2
+        else:
+            z = inside / rule[1]
         size = np.abs(z)
         z = np.where(size > 4, np.sign(z) * (4 + np.log1p(np.maximum(size - 4, 0))), z)
         result[m][body] = z.astype(np.float32)
     return result
+
+
+def z_scores(inside: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Mean 0 and standard deviation 1 of the values clipped to their .5 and 99.5 percentiles, so that a few hot voxels
+
+    do not set the scale.
+    """
+    low, high = np.percentile(inside, (0.5, 99.5))
+    clipped = np.clip(inside, low, high)
+    scale = float(clipped.std(dtype=np.float64))
+    if scale <= 1e-6 * max(1.0, abs(float(high))):
+        # Nearly all equal (a sparse map): the percentiles carry no scale, the plain moments do.
+        clipped = inside
+        scale = float(inside.std(dtype=np.float64))
+    return (inside - clipped.mean(dtype=np.float64)) / (scale if scale > 0 else 1.0)
+
+
+def rules_of(intensity: Mapping[str, Sequence[Any]], modalities: Sequence[str]) -> tuple[Rule | None, ...]:
+    """The rule of each modality from config.data.intensity, {"CT": ("window", -160, 240), "PET": ("scale", 2.5)}.
+
+    Raises UserError for an unknown modality or rule, an empty window, a unit that is not positive.
+    """
+    for name, rule in intensity.items():
+        known = isinstance(rule, tuple | list) and len(rule) and {"window": 3, "scale": 2}.get(rule[0]) == len(rule)
+        numbers = known and all(isinstance(value, int | float) and np.isfinite(value) for value in rule[1:])
+        if name not in modalities:
+            raise UserError(f"config.data.intensity: there is no modality {name}; there are {', '.join(modalities)}")
+        if not numbers or (rule[1] >= rule[2] if rule[0] == "window" else rule[1] <= 0):
+            raise UserError(
+                f"config.data.intensity.{name} is {rule!r}; give ('window', low, high), ('scale', unit) or leave it out"
+            )
+    return tuple(tuple(intensity[name]) if name in intensity else None for name in modalities)
 
 
 def coordinates(body: Bool[np.ndarray, "*s"]) -> Float32[np.ndarray, "*s n"]:
@@ -304,6 +345,7 @@ def read_volume(
     reference: str,
     label_map: Iterable[tuple[int, int]],
     classes: Sequence[str],
+    intensity: Mapping[str, Sequence[Any]] = MappingProxyType({}),
 ) -> Volume:
     """Reads a case onto the grid of its reference modality (the first present one when that is missing).
 
@@ -342,17 +384,20 @@ def read_volume(
     raw = np.ascontiguousarray(np.moveaxis(raw, 3, 1))
     field = np.moveaxis(field, 3, 1)
     body = body_mask(raw, present)
+    rules = rules_of(intensity, modalities)
     image = np.zeros_like(raw)
     for m in np.flatnonzero(present).tolist():
         # What lies beyond a smaller field of view was not measured: it stays out of the moments and at 0.
-        image[m] = normalise(raw[m : m + 1], np.array([True]), body & field[m])[0]
+        image[m] = normalise(raw[m : m + 1], np.array([True]), body & field[m], rules[m : m + 1])[0]
         share = field[m][body].mean() if body.any() else 1.0
         if share < COVERED:
             warnings.append(
                 f"{case.images[modalities[m]]}: covers only {share:.0%} of the body on {grid.path}; "
                 "where it does not, it says nothing"
             )
-        if not image[m].any():
+        inside = raw[m][body & field[m]]
+        if not inside.size or inside.min() == inside.max():
+            image[m] = 0.0
             present[m] = False
             warnings.append(
                 f"{case.images[modalities[m]]}: has one single value inside the body on the grid of {grid.path};"
@@ -383,6 +428,7 @@ def read_volumes(
     reference: str,
     label_map: Iterable[tuple[int, int]],
     classes: Sequence[str],
+    intensity: Mapping[str, Sequence[Any]] = MappingProxyType({}),
 ) -> tuple[list[Volume], list[str]]:
     """Reads every case with a label that can be read: (volumes, a line per case left out and per warning).
 
@@ -398,7 +444,12 @@ def read_volumes(
             continue
         try:
             volume = read_volume(
-                case, modalities=modalities, reference=reference, label_map=label_map, classes=classes
+                case,
+                modalities=modalities,
+                reference=reference,
+                label_map=label_map,
+                classes=classes,
+                intensity=intensity,
             )
         except UnknownLabelError:
             raise

@@ -67,6 +67,7 @@ def look(data: Any, case: Case | str, seed: int) -> tuple[Finding, Glimpse | Non
                 reference=data.reference,
                 label_map=tuple(map(tuple, data.label_map)),
                 classes=classes,
+                intensity=data.intensity.to_dict(),
             )
         except UserError as error:
             nothing = np.full((len(modalities), 2 * int(np.prod(CELLS))), np.nan)

@@ -285,6 +285,10 @@ def test_a_finished_run_is_not_taken_for_another(config, tmp_path):
     asked = {"config": json.loads(config.to_json()), "cases": 6, "hypotheses": 24}
     suite.claim(tmp_path / "run", asked)
     suite.claim(tmp_path / "run", asked)
+    older = json.loads(json.dumps(asked))
+    del older["config"]["data"]["intensity"]  # a key that was added since, at its neutral value
+    (tmp_path / "run" / "asked.json").write_text(json.dumps(older))
+    suite.claim(tmp_path / "run", asked)
     with pytest.raises(UserError, match="was made with another config"):
         suite.claim(tmp_path / "run", asked | {"cases": 7})
 

@@ -432,6 +432,47 @@ def test_normalise_is_affine_invariant_monotone_and_unsaturated():
     assert not flat.any()
 
 
+def test_intensities_with_a_unit_are_read_by_their_rule():
+    values = np.array([[-1000.0, -160, 40, 240, 900], [0, 2.5, 10, 25, 50]], np.float32)
+    both, body = np.array([True, True]), np.ones(5, bool)
+    rules = preprocess.rules_of({"CT": ("window", -160, 240), "PET": ["scale", 2.5]}, ("CT", "PET"))
+    z = preprocess.normalise(values, both, body, rules)
+    np.testing.assert_allclose(z[0], [-2, -2, 0, 2, 2], atol=1e-6)
+    np.testing.assert_allclose(z[1, :3], [0, 1, 4], atol=1e-6)
+    assert z[1, 2] < z[1, 3] < z[1, 4] < 10  # hot, and still in order
+    # A value means the same whatever else the patient holds; a z-score does not.
+    np.testing.assert_array_equal(preprocess.normalise(values[:, :3], both, body[:3], rules), z[:, :3])
+    mixed = preprocess.normalise(values, both, body, (None, rules[1]))
+    assert abs(mixed[0].mean()) < 0.01 and np.array_equal(mixed[1], z[1])
+
+
+@pytest.mark.parametrize(
+    ("intensity", "message"),
+    [
+        ({"MR": ("scale", 1)}, r"config\.data\.intensity: there is no modality MR; there are CT, PET"),
+        ({"CT": ("window", 240, -160)}, r"config\.data\.intensity\.CT is \('window', 240, -160\); give"),
+        ({"CT": ("window", 0)}, "give .*window"),
+        ({"CT": ("zscore",)}, "or leave it out"),
+        ({"PET": ("scale", 0)}, "PET is"),
+        ({"PET": ("scale", float("nan"))}, "PET is"),
+        ({"PET": ("scale", "SUV")}, "PET is"),
+        ({"PET": "scale"}, "PET is"),
+        ({"PET": ()}, "PET is"),
+    ],
+)
+def test_a_rule_that_is_none_is_named(intensity, message):
+    with pytest.raises(UserError, match=message):
+        preprocess.rules_of(intensity, ("CT", "PET"))
+
+
+def test_a_case_is_read_by_the_rules_of_its_config(tmp_path):
+    case = make_case(tmp_path)
+    volume = read(case, intensity={"T1": ("window", 0.0, 1e6)})
+    plain = read(case)
+    np.testing.assert_array_equal(volume.image[1], plain.image[1])
+    assert np.all(volume.image[0][volume.body] < -1.9) and np.all(volume.present)
+
+
 def test_body_mask_of_stripped_noisy_and_filled_images():
     yes = np.array([True])
     x, y = np.meshgrid(np.linspace(-1, 1, 48), np.linspace(-1, 1, 48), indexing="ij")

@@ -76,7 +76,7 @@ def test_a_copy_is_named_also_where_its_scale_is_another():
 def data(folder, **changes):
     values = {
         "layout": "brats", "dir": str(folder), "source": "", "modalities": ("T1", "FLAIR"), "reference": "FLAIR",
-        "patient_pattern": "", "classes": ("background", "lesion"), "label_map": ((0, 0), (1, 1)),
+        "patient_pattern": "", "classes": ("background", "lesion"), "label_map": ((0, 0), (1, 1)), "intensity": {},
     }  # fmt: skip
     return ConfigDict(values | changes)
 

@@ -1,0 +1,30 @@
+"""Ischaemic stroke: infarct on DWI, ADC and FLAIR, in BIDS as ISLES 2022 ships it.
+
+    python -m entrust_jax.train --config=configs/isles.py --config.data.dir=FOLDER/ISLES-2022
+
+250 cases of three hospitals (Hernandez Petzsche et al. 2022, doi 10.1038/s41597-022-01875-5), CC BY-SA 4.0:
+https://zenodo.org/records/7153326; the folder holds rawdata/ and derivatives/. FLAIR comes on a grid of its own and is
+resampled onto DWI. Time and score: not run here.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> Any:
+    config = common.get_config()
+    config.name = "isles"
+    config.data.update(
+        layout="bids",
+        source="ISLES 2022 (https://zenodo.org/records/7153326)",
+        modalities=("DWI", "ADC", "FLAIR"),
+        reference="DWI",
+        classes=("background", "infarct"),
+        label_map=((0, 0), (1, 1)),
+        patch=(96, 96),
+    )
+    config.data.regions = ConfigDict({"infarct": (1,)})
+    return config.lock()

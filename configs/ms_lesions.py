@@ -1,0 +1,32 @@
+"""Multiple sclerosis: white-matter lesions on T1, T1 after contrast, T2 and FLAIR, listed in a manifest.
+
+    python -m entrust_jax.manifest --dir=FOLDER T1={case}/T1.nii.gz T1POST={case}/T1POST.nii.gz T2={case}/T2.nii.gz \\
+      FLAIR={case}/FLAIR.nii.gz label={case}/lesion.nii.gz
+    python -m entrust_jax.train --config=configs/ms_lesions.py --config.data.dir=FOLDER
+
+30 patients, consensus of three raters (Lesjak et al. 2017, doi 10.1007/s12021-017-9348-7), CC BY;
+the download page is named in the paper. Time and score: not run here.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> Any:
+    config = common.get_config()
+    config.name = "ms_lesions"
+    config.data.update(
+        layout="manifest",
+        source="Lesjak et al. 2017 (doi 10.1007/s12021-017-9348-7)",
+        modalities=("T1", "T1POST", "T2", "FLAIR"),
+        reference="FLAIR",
+        classes=("background", "lesion"),
+        label_map=((0, 0), (1, 1)),
+        patch=(128, 128),
+    )
+    config.data.regions = ConfigDict({"lesion": (1,)})
+    config.diffusion.b = 0.2  # 2.5 / sqrt(2 n): small lesions
+    return config.lock()

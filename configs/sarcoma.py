@@ -1,0 +1,35 @@
+"""Soft-tissue sarcoma: tumour on PET, CT and T1, each scan on its own grid, listed in a manifest.
+
+    python -m entrust_jax.manifest --dir=FOLDER PET={case}/PET_image.nii.gz CT={case}/CT_image.nii.gz \\
+      T1={case}/MR_T1_image.nii.gz label={case}/MR_T1_mask.nii.gz
+    python -m entrust_jax.train --config=configs/sarcoma.py --config.data.dir=FOLDER
+
+The validation set of the Image Biomarker Standardisation Initiative, made of TCIA's Soft-tissue-Sarcoma (Vallieres et
+al. 2015; Clark et al. 2013), CC BY 3.0: https://www.cancerimagingarchive.net/collection/soft-tissue-sarcoma. CT in
+Hounsfield units, PET in SUV. The crops are centred on the tumour, so a model can learn the place. Time and score: not
+run here with this config.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> Any:
+    config = common.get_config()
+    config.name = "sarcoma"
+    config.data.update(
+        layout="manifest",
+        source="The Cancer Imaging Archive, collection Soft-tissue-Sarcoma (IBSI validation set)",
+        modalities=("PET", "CT", "T1"),
+        reference="T1",
+        classes=("background", "tumour"),
+        label_map=((0, 0), (1, 1)),
+        patch=(96, 96),
+    )
+    config.data.regions = ConfigDict({"tumour": (1,)})
+    config.data.intensity = ConfigDict({"PET": ("scale", 2.5), "CT": ("window", -160.0, 240.0)})
+    config.train.update(enfuse_steps=250, segdiff_steps=600)
+    return config.lock()

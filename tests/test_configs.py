@@ -1,0 +1,45 @@
+"""Every config can be trained as far as can be told without its data, and says what a person needs to know."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from entrust_jax import api, train
+from entrust_jax.data import dataset, layouts
+from entrust_jax.errors import UserError
+
+FILES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
+SETS = [name for name in FILES if name not in ("common", "__init__")]
+SCANS = [name for name in SETS if name != "phantom"]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_config_passes_the_checks_of_train(name, tmp_path):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    train.check(tmp_path / "nothing", config)
+    assert config.is_locked and api.network_of(config).classes == len(config.data.classes)
+    assert config.data.regions and config.data.layout in {*layouts.LAYOUTS, "phantom"}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_its_docstring_says_how_to_run_it_how_long_it_takes_and_how_well_it_does(name):
+    text = importlib.import_module(f"configs.{name}").__doc__ or ""
+    assert f"python -m entrust_jax.train --config=configs/{name}.py" in text
+    assert re.search(r"\btime\b|minutes", text, re.IGNORECASE) and re.search("score|not run here", text, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_without_its_data_it_names_the_source_and_the_layout(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    with pytest.raises(UserError, match="get the data from") as error:
+        dataset.find(config.data)
+    assert config.data.source in str(error.value) and f"{config.data.layout} layout" in str(error.value)
+
+
+def test_a_wrong_intensity_is_told_before_anything_is_read(tmp_path):
+    config = importlib.import_module("configs.hecktor").get_config().copy_and_resolve_references()
+    config.data.intensity.CT = ("window", 240.0, -160.0)
+    with pytest.raises(UserError, match=r"config\.data\.intensity\.CT"):
+        train.check(tmp_path, config)
