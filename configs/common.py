@@ -24,7 +24,7 @@ def get_config() -> Any:
             "reference": "",  # the modality whose grid is used
             "patient_pattern": "",  # its first group in a case's name is the patient; "": as the layout says
             "classes": (),
-            "label_map": ((0, 0), (1, 1)),  # (value in the file, class index)
+            "label_map": ((0, 0), (1, 1)),  # (value in the file, class index; -1: such voxels do not count)
             "patch": (96, 96),
             "foreground_share": 0.5,  # of the training patches, centred on foreground (undone by weights in the loss)
             "augment": True,

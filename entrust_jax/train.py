@@ -137,10 +137,10 @@ def check_values(config: Any) -> None:
         raise UserError(f"config.data.patch is {data.patch}; give the height and width of the training patches")
     output.label_values(data.label_map, len(data.classes))
     for value, index in data.label_map:
-        if not 0 <= index < len(data.classes):
+        if not preprocess.IGNORED <= index < len(data.classes):
             raise UserError(
                 f"config.data.label_map gives value {value} the class index {index}; config.data.classes has "
-                f"{len(data.classes)}, so give 0 to {len(data.classes) - 1}"
+                f"{len(data.classes)}, so give 0 to {len(data.classes) - 1}, or -1 for voxels that do not count"
             )
     for name, members in data.regions.items():
         if not members or not all(0 <= index < len(data.classes) for index in members):

@@ -20,12 +20,12 @@ from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.spatialimages import HeaderDataError
 from scipy import ndimage
 
-from entrust_jax.data.layouts import Case
+from entrust_jax.data.cases import Case
 from entrust_jax.errors import UserError
 
-# What a damaged or foreign file raises somewhere inside nibabel, gzip or numpy.
+IGNORED = -1  # the class index of voxels that count neither in training nor in scores
 COVERED = 0.9  # share of the body below which a scan's field of view is worth a word
-
+# What a damaged or foreign file raises somewhere inside nibabel, gzip or numpy.
 UNREADABLE = (
     OSError,
     EOFError,
@@ -302,7 +302,7 @@ def read_image(path: Path, grid: Grid | None) -> tuple[Grid, np.ndarray, np.ndar
 def read_label(
     path: Path, grid: Grid, label_map: Iterable[tuple[int, int]], classes: Sequence[str]
 ) -> tuple[Int32[np.ndarray, "x y z"], list[str]]:
-    """The mask's class indices on a grid (-1 where its file does not reach) and warnings.
+    """The mask's class indices on a grid (-1 where its file does not reach, or says so) and warnings.
 
     Raises UnknownLabelError for a value that `label_map` lacks, UserError for a mask that misses the grid.
     """
@@ -310,7 +310,7 @@ def read_label(
     table = {int(value): int(index) for value, index in label_map}
     keys = np.array(sorted(table))
     indices = np.array([table[key] for key in keys], np.int32)
-    if indices.min() < 0 or indices.max() >= len(classes):
+    if indices.min() < IGNORED or indices.max() >= len(classes):
         raise UserError(
             f"config.data.label_map has classes {indices.min()} to {indices.max()}, config.data.classes has"
             f" {len(classes)}; mend either"
@@ -329,7 +329,7 @@ def read_label(
     if not same_grid(own, grid):
         label, covered = resample(label, own, grid, order=0)
         if not covered.all():
-            label = np.where(covered, label, -1)
+            label = np.where(covered, label, IGNORED)
             warnings.append(
                 f"{path}: covers only {covered.mean():.0%} of {grid.path}; the rest counts as unlabelled"
             )

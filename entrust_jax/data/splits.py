@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from entrust_jax.data.layouts import Case
+from entrust_jax.data.cases import Case
 from entrust_jax.errors import UserError
 
 PARTS = ("train", "val", "calibration", "test")

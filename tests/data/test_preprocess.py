@@ -208,6 +208,15 @@ def test_float_label_and_label_map(tmp_path):
         read(make_case(tmp_path), label_map=((0, 0), (1, 1), (4, 5)))
 
 
+def test_voxels_of_an_ignored_value_count_as_unlabelled(tmp_path):
+    label = np.zeros((16, 14, 6), np.uint8)
+    label[6:9, 6:9, 2:4], label[0, 0, 0] = 1, 255
+    volume = read(make_case(tmp_path, label=label), label_map=((0, 0), (1, 1), (255, -1)))
+    assert volume.label is not None and volume.label[0, 0, 0] == -1 and np.sum(volume.label < 0) == 1
+    with pytest.raises(UserError, match="has classes -2 to 1"):
+        read(make_case(tmp_path, label=label), label_map=((0, 0), (1, 1), (255, -2)))
+
+
 def test_empty_label_is_allowed_and_said(tmp_path):
     volume = read(make_case(tmp_path, label=np.zeros((16, 14, 6), np.uint8)))
     assert volume.label is not None and not volume.label.any()
