@@ -12,7 +12,7 @@ pytestmark = pytest.mark.training
 SHRUNK = (
     "--config.data.phantom.cases=(4096,64,64,4)",
     "--config.train.enfuse_steps=300",
-    "--config.train.segdiff_steps=1200",
+    "--config.train.segdiff_steps=1000",
     "--config.train.val_slices=64",
 )
 
