@@ -2,8 +2,9 @@
 
     python -m entrust_jax.manifest --dir=D T1={case}/T1.nii.gz label={case}/seg.nii.gz
 
-One NAME=PATTERN for each modality, and label=PATTERN. {case} stands for the case's name, {patient} for the patient's
-where that is another, * for any part of a file name. The manifest is what config.data.layout=manifest reads.
+One NAME=PATTERN for each modality, and label=PATTERN. {case} stands for the case's name, * for any part of a file's
+name. Where a patient has several cases write {patient}/{case}/... in all of them. The manifest is what
+config.data.layout=manifest reads.
 """
 
 import os
@@ -35,6 +36,8 @@ def main(argv: Sequence[str]) -> None:
     output = Path(FLAGS.output) if FLAGS.output else folder / manifest.NAMES[0]
     if output.suffix.lower() != ".csv":
         raise UserError(f"--output={output}: must end in .csv")
+    if output.exists():
+        raise UserError(f"{output}: is there already; remove it, or name another file with --output")
     cli.check_place(output.parent, "--output")
     templates = parse_templates(argv[1:])
     rows = manifest.collect(folder, templates)

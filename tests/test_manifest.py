@@ -24,11 +24,14 @@ def test_the_command_writes_what_training_reads(tmp_path):
     one, two = layouts.find_cases("manifest", tmp_path, ("FLAIR", "T1"))
     assert set(one.images) == {"T1"} and set(two.images) == {"T1", "FLAIR"} and one.label and two.label
     before = (tmp_path / "manifest.csv").read_text()
+    again = run(f"--dir={tmp_path}", "T1={case}/T1.nii.gz")
+    assert again.returncode == 2 and "manifest.csv: is there already" in again.stderr
+    other = f"--output={tmp_path}/m.csv"
     for words, message in (
-        ((f"--dir={tmp_path}", "T1"), "T1: is no NAME=PATTERN"),
-        ((f"--dir={tmp_path}", "label={case}/seg.nii.gz"), "no modality given"),
-        ((f"--dir={tmp_path}", "T1={case}/T1.nii.gz", "t1={case}/T2.nii.gz"), "t1 is taken"),
-        ((f"--dir={tmp_path}", "T1={case}/T9.nii.gz"), "no NIfTI file fits"),
+        ((f"--dir={tmp_path}", other, "T1"), "T1: is no NAME=PATTERN"),
+        ((f"--dir={tmp_path}", other, "label={case}/seg.nii.gz"), "no modality given"),
+        ((f"--dir={tmp_path}", other, "T1={case}/T1.nii.gz", "t1={case}/T2.nii.gz"), "t1 is taken"),
+        ((f"--dir={tmp_path}", other, "T1={case}/T9.nii.gz"), "no NIfTI file fits"),
         ((f"--dir={tmp_path}/gone", "T1={case}/T1.nii.gz"), "no such folder"),
         ((f"--dir={tmp_path}", f"--output={tmp_path}/m.xlsx", "T1={case}/T1.nii.gz"), "must end in .csv"),
         (("T1={case}/T1.nii.gz",), "--dir: missing"),

@@ -1,13 +1,15 @@
-"""A case: one scan session, its files by modality."""
+"""A case: one scan session, its files by modality; and how files are found."""
 
 import dataclasses
+import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from entrust_jax.errors import UserError
 
 ENDINGS = (".nii.gz", ".nii")
+MOST_FILES = 5000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,3 +49,52 @@ def one_file(found: Sequence[Path], case: str, what: str) -> Path | None:
             " keep one of them"
         )
     return found[0] if found else None
+
+
+def files_below(folder: Path) -> Iterable[Path]:
+    """Every file below a folder, sorted; folders that are links are followed, each real folder once."""
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (path for name in sorted(files) if (path := Path(root, name)).is_file())
+
+
+def scans_below(folder: Path) -> Iterable[tuple[str, Path]]:
+    """(name without its ending, file) of every NIfTI file below a folder."""
+    for path in files_below(folder):
+        if ending := ending_of(path.name, ENDINGS):
+            yield path.name[: -len(ending)], path
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM by its magic word."""
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def dicom_mistake(path: Path) -> UserError:
+    """What to tell a person who gives a DICOM file, or a folder of them."""
+    return UserError(
+        f"{path}: is a DICOM file; convert the series to NIfTI first:"
+        " dcm2niix -z y -f %p_%s -o FOLDER_FOR_NIFTI FOLDER_OF_THE_SERIES"
+    )
+
+
+def refuse_dicom(folder: Path) -> None:
+    """Raises UserError where a folder holds DICOM files and no NIfTI file at all; looks at a few thousand at most."""
+    first: Path | None = None
+    for number, path in enumerate(files_below(folder)):
+        if ending_of(path.name, ENDINGS) or number > MOST_FILES:
+            return
+        if first is None and (path.suffix.lower() in (".dcm", ".ima") or is_dicom(path)):
+            first = path
+    if first is not None:
+        raise dicom_mistake(first)

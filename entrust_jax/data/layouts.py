@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from entrust_jax.data.cases import ENDINGS, Case, case_number, ending_of, one_file
+from entrust_jax.data.cases import ENDINGS, Case, case_number, ending_of, one_file, refuse_dicom, scans_below
 from entrust_jax.data.manifest import manifest_cases
 from entrust_jax.errors import UserError
 
@@ -74,9 +74,13 @@ def nnunet_cases(folder: Path, modalities: Sequence[str]) -> list[Case]:
     named = info.get("channel_names", info.get("modality")) if isinstance(info, dict) else None
     if not isinstance(named, dict) or not all(str(index).isdigit() for index in named):
         raise UserError(f'{description}: has no "channel_names"; add them, as {{"0": "T1", "1": "FLAIR"}}')
-    channels = {str(name).lower(): int(index) for index, name in named.items()}
+    by_name = {str(name).lower(): int(index) for index, name in named.items()}
+    channels: dict[str, int] = {}
     for modality in modalities:
-        if modality.lower() not in channels:
+        known = [name for name in (modality.lower(), *names_of(modality)) if name in by_name]
+        if known:
+            channels[modality] = by_name[known[0]]
+        else:
             raise UserError(
                 f"{description}: has no channel {modality}, it has {', '.join(map(str, named.values()))};"
                 " set config.data.modalities to some of these"
@@ -102,7 +106,7 @@ def nnunet_cases(folder: Path, modalities: Sequence[str]) -> list[Case]:
     for name, by_channel in sorted(found.items()):
         files = {}
         for modality in modalities:
-            path = one_file(by_channel.get(channels[modality.lower()], []), name, modality)
+            path = one_file(by_channel.get(channels[modality], []), name, modality)
             if path is not None:
                 files[modality] = path
         label = one_file(labels.get(name, []), name, "the label")
@@ -139,35 +143,29 @@ def named(
     return cases
 
 
-def scans_below(folder: Path) -> Iterable[tuple[str, Path]]:
-    """(name without its ending, file) of every NIfTI file below a folder, sorted."""
-    for path in sorted(folder.rglob("*")):
-        if ending := ending_of(path.name, ENDINGS):
-            yield path.name[: -len(ending)], path
-
-
-BIDS = re.compile(r"(sub-[A-Za-z0-9]+(?:_ses-[A-Za-z0-9]+)?)_(?:.*_)?([A-Za-z0-9]+)")
-BIDS_LABELS = ("msk", "mask", "dseg", "seg")
+BIDS = re.compile(r"(sub-[A-Za-z0-9]+(?:_ses-[A-Za-z0-9]+)?)_(.*_)?([A-Za-z0-9]+)")
+BIDS_LESION = re.compile(r"(label|desc)-(lesions?|tumou?r)_", re.IGNORECASE)
 
 
 def bids_cases(folder: Path, modalities: Sequence[str]) -> list[Case]:
     """BIDS as ISLES 2022 ships it: rawdata/sub-X/ses-Y/.../sub-X_ses-Y_dwi.nii.gz; below derivatives/ ..._msk.nii.gz.
 
-    A case is a session, its patient the subject. Without rawdata/ the subjects lie in the folder itself.
+    A case is a session, its patient the subject. Without rawdata/ the subjects lie in the folder itself. A T1w with a
+    contrast agent (ce-) is T1ce. Labels are ..._msk, and masks that say lesion or tumor (label-lesion_mask); other
+    masks below derivatives/, of the brain for instance, are none.
     """
-    derived = folder / "derivatives"
     raw = folder / "rawdata"
     subjects = sorted(path for path in (raw if raw.is_dir() else folder).glob("sub-*") if path.is_dir())
-    images = [(match[1], match[2], path) for match, path in _bids_files(subjects)]
-    labels = [(match[1], path) for match, path in _bids_files([derived]) if match[2].lower() in BIDS_LABELS]
+    images, labels = [], []
+    for name, path in (found for subject in subjects for found in scans_below(subject)):
+        if match := BIDS.fullmatch(name):
+            contrast = match[3].lower() == "t1w" and "ce-" in (match[2] or "")
+            images.append((match[1], "t1ce" if contrast else match[3], path))
+    for name, path in scans_below(folder / "derivatives"):
+        match = BIDS.fullmatch(name)
+        if match and (match[3].lower() == "msk" or BIDS_LESION.search(match[2] or "")):
+            labels.append((match[1], path))
     return named(images, labels, modalities, lambda name: name.partition("_")[0])
-
-
-def _bids_files(folders: Iterable[Path]) -> Iterable[tuple[re.Match[str], Path]]:
-    for folder in folders:
-        for name, path in scans_below(folder):
-            if match := BIDS.fullmatch(name):
-                yield match, path
 
 
 def hecktor_cases(folder: Path, modalities: Sequence[str]) -> list[Case]:
@@ -210,13 +208,13 @@ def find_cases(layout: str, place: Path | str, modalities: Sequence[str]) -> lis
     place = Path(place)
     if not is_place(layout, place):
         raise UserError(f"{place}: no such folder; set config.data.dir to a folder in the {layout} layout ({expected})")
-    cases = [case for case in find(place, modalities) if case.images]
+    try:
+        cases = [case for case in find(place, modalities) if case.images]
+    except UserError:
+        refuse_dicom(place)
+        raise
     if not cases:
-        if dicom := a_dicom_file(place):
-            raise UserError(
-                f"{dicom}: is a DICOM file; convert the series to NIfTI first:"
-                " dcm2niix -z y -f %p_%s -o FOLDER_FOR_NIFTI FOLDER_OF_THE_SERIES"
-            )
+        refuse_dicom(place)
         raise UserError(
             f"{place}: holds no case with any of {', '.join(modalities)}; the {layout} layout expects {expected}"
         )
@@ -226,22 +224,6 @@ def find_cases(layout: str, place: Path | str, modalities: Sequence[str]) -> lis
 def is_place(layout: str, place: Path) -> bool:
     """Whether a data set of this layout can lie there: a folder, or a manifest's own file."""
     return place.is_dir() or (layout == "manifest" and place.is_file())
-
-
-def a_dicom_file(folder: Path) -> Path | None:
-    """A DICOM file below a folder, by its ending or its magic word; None where there is none."""
-    for path in folder.rglob("*"):
-        if path.is_file() and (path.suffix.lower() in (".dcm", ".ima") or (not path.suffix and _is_dicom(path))):
-            return path
-    return None
-
-
-def _is_dicom(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
 
 
 def require_complete(cases: Sequence[Case], folder: Path | str, modalities: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from entrust_jax.data.cases import ENDINGS, Case, case_number, ending_of
+from entrust_jax.data.cases import ENDINGS, Case, case_number, ending_of, refuse_dicom, scans_below
 from entrust_jax.errors import UserError
 
 NAMES = ("manifest.csv", "manifest.json")
@@ -74,9 +74,14 @@ def manifest_cases(place: Path, modalities: Sequence[str]) -> list[Case]:
 
 def _existing(manifest: Path, row: Row, what: str, file: str) -> Path:
     path = manifest.parent / file
-    if not path.is_file():
-        raise UserError(f"{manifest}, {row.where}: {what} of case {row.case}: {path}: no such file; mend the path")
-    return path
+    try:
+        if path.is_file():
+            return path
+    except OSError:  # a name that is too long, a folder that may not be read
+        pass
+    first = file.splitlines()[0]
+    shown = file if file == first[:200] else f"{first[:200]}..."
+    raise UserError(f"{manifest}, {row.where}: {what} of case {row.case}: {shown}: no such file; mend the path")
 
 
 def _text(path: Path) -> str:
@@ -87,30 +92,32 @@ def _text(path: Path) -> str:
 
 
 def _csv_rows(path: Path) -> list[Row]:
-    lines = io.StringIO(_text(path), newline="")
-    first = lines.readline()
-    lines.seek(0)
-    separator = max(",;\t", key=first.count)  # spreadsheets write what their country writes
-    reader = csv.DictReader(lines, delimiter=separator)
-    head = [(name or "").strip() for name in reader.fieldnames or []]
-    lower = [name.lower() for name in head]
-    if "case" not in lower:
-        raise UserError(f"{path}: has no column case; its first line must name the columns: case, label, T1, ...")
-    if repeated := [name for i, name in enumerate(lower) if name in lower[:i]]:
-        raise UserError(f"{path}: has two columns {repeated[0]}; rename one")
-    reader.fieldnames = head
-    rows = []
+    text = _text(path).lstrip()
+    if text.lower().startswith("sep="):  # a spreadsheet's word to itself
+        text = text.partition("\n")[2].lstrip()
+    separator = max(",;\t", key=text.partition("\n")[0].count)  # spreadsheets write what their country writes
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    rows: list[Row] = []
     try:
+        head = [name.strip() for name in next(reader, [])]
+        lower = [name.lower() for name in head]
+        if "case" not in lower:
+            raise UserError(f"{path}: has no column case; its first line must name the columns: case, label, T1, ...")
+        if repeated := [name for i, name in enumerate(lower) if name and name in lower[:i]]:
+            raise UserError(f"{path}: has two columns {repeated[0]}; rename one")
+        if more := [name for name in lower if name.startswith("label") and name != "label"]:
+            raise UserError(f"{path}: column {more[0]}: several labels of a case are not read yet; give one, label")
         for cells in reader:
             where = f"line {reader.line_num}"
-            if None in cells or None in cells.values():
-                raise UserError(f"{path}, {where}: has not as many cells as the first line; mend the line")
-            own = {name: cell.strip() for name, cell in cells.items()}
-            if not any(own.values()):
+            if not any(cell.strip() for cell in cells):
                 continue
-            given = {name: next((own[n] for n in head if n.lower() == name), "") for name in OWN}
-            images = {name: file for name, file in own.items() if name and name.lower() not in OWN}
-            rows.append(Row(where, given["case"], given["patient"], images, given["label"]))
+            if len(cells) != len(head):
+                raise UserError(f"{path}, {where}: has {len(cells)} cells, the first line {len(head)}; mend the line")
+            own = dict(zip(lower, (cell.strip() for cell in cells), strict=True))
+            if own.get(""):
+                raise UserError(f"{path}, {where}: {own['']} stands in a column without a name; name the column")
+            images = {name: own[name.lower()] for name in head if name and name.lower() not in OWN}
+            rows.append(Row(where, own["case"], own.get("patient", ""), images, own.get("label", "")))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}; mend the line") from None
     return rows
@@ -132,6 +139,8 @@ def _json_rows(path: Path) -> list[Row]:
             raise UserError(f"{path}, {where}: unknown key {unknown[0]!r}; there are case, patient, images, label")
         values: dict[str, Any] = {name: entry.get(name) or "" for name in OWN}
         images = {name: file or "" for name, file in entry["images"].items()}
+        if len({name.lower() for name in images}) < len(images):
+            raise UserError(f"{path}, {where}: two images of one modality ({', '.join(images)}); keep one")
         if wrong := [v for v in (*values.values(), *images.values()) if not isinstance(v, str)]:
             raise UserError(f"{path}, {where}: {wrong[0]!r} is no text; put names and paths in quotes")
         rows.append(Row(where, values["case"], values["patient"], images, values["label"]))
@@ -142,12 +151,17 @@ def _json_rows(path: Path) -> list[Row]:
 
 
 def template(text: str) -> re.Pattern[str]:
-    """The expression of a path template: {case} and {patient} stand for a name, * for any part of a file name.
+    """The expression of a path template: {case} and {patient} stand for a name, * for any part of a file's name.
 
-    Raises UserError without a {case}, and for other names in braces.
+    The ending matches in any case. Raises UserError without a {case}, for other names in braces, and for a * in a
+    folder's name: it would put files of different folders into one case.
     """
+    plain = text.removeprefix("./")
+    if "*" in plain.rpartition("/")[0]:
+        raise UserError(f"{text}: * stands for a part of a file's name; write {{case}} or {{patient}} for a folder")
+    ending = ending_of("x" + plain.rpartition("/")[2], ENDINGS) or ""
     parts, seen = [], set()
-    for piece in re.split(r"(\{\w*\}|\*)", text):
+    for piece in re.split(r"(\{\w*\}|\*)", plain[: len(plain) - len(ending)]):
         if piece == "*":
             parts.append("[^/]*")
         elif piece in ("{case}", "{patient}"):
@@ -160,31 +174,37 @@ def template(text: str) -> re.Pattern[str]:
             parts.append(re.escape(piece))
     if "case" not in seen:
         raise UserError(f"{text}: does not say where the case's name stands; write it as {{case}}/T1.nii.gz")
-    return re.compile("".join(parts))
+    return re.compile("".join(parts) + f"(?i:{re.escape(ending)})")
 
 
 def collect(folder: Path, templates: Mapping[str, str]) -> list[dict[str, str]]:
     """Rows {case, patient, modality: path, ..., label} of the NIfTI files whose paths below `folder` fit a template.
 
-    Raises UserError where two files fit for one case, where a template fits none, or a case has two patients.
+    With {patient}, which all of the templates must then have, a case is PATIENT_CASE. Raises UserError where two files
+    fit for one case, where a template fits none, or a case has a label and no scan.
     """
     expressions = {name: template(text) for name, text in templates.items()}
-    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if ending_of(path.name, ENDINGS))
+    with_patient = {name for name, expression in expressions.items() if "patient" in expression.groupindex}
+    if with_patient and with_patient != set(templates):
+        name = next(name for name in templates if name not in with_patient)
+        raise UserError(f"{name}={templates[name]}: has no {{patient}}, others have; write it in all or in none")
+    paths = [path.relative_to(folder).as_posix() for _, path in scans_below(folder)]
     rows: dict[str, dict[str, str]] = {}
     for name, expression in expressions.items():
         fitting = [(path, match) for path in paths if (match := expression.fullmatch(path))]
         if not fitting:
+            refuse_dicom(folder)
             raise UserError(f"{folder}: no NIfTI file fits {name}={templates[name]}; mend the pattern")
         for path, match in fitting:
-            row = rows.setdefault(match["case"], {"case": match["case"], "patient": ""})
+            patient = match["patient"] if with_patient else ""
+            case = f"{patient}_{match['case']}" if with_patient else match["case"]
+            row = rows.setdefault(case, {"case": case, "patient": patient})
             if name in row:
-                raise UserError(f"{folder}: {row[name]} and {path} are both {name} of case {match['case']}; narrow it")
+                raise UserError(f"{folder}: {row[name]} and {path} are both {name} of case {case}; narrow it")
             row[name] = path
-            patient = match.groupdict().get("patient") or ""
-            if patient and row["patient"] not in ("", patient):
-                raise UserError(f"{folder}: case {match['case']} has two patients, {row['patient']} and {patient}")
-            row["patient"] = row["patient"] or patient
-    return [rows[name] for name in sorted(rows)]
+    if bare := [row for row in rows.values() if not set(row) & (set(templates) - {"label"})]:
+        raise UserError(f"{folder}: {bare[0]['label']} is the label of case {bare[0]['case']}, which has no scan")
+    return [rows[case] for case in sorted(rows)]
 
 
 def as_csv(rows: Sequence[Mapping[str, str]], names: Sequence[str], base: str) -> str:

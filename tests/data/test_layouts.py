@@ -214,7 +214,7 @@ def test_bids_as_isles_ships_it(tmp_path):
         touch(folder / "dwi", f"{name}_dwi.nii.gz", f"{name}_adc.nii.gz", f"{name}_dwi.json")
         touch(folder / "anat", f"{name}_acq-iso_FLAIR.nii.gz")
         derived = tmp_path / "derivatives" / f"sub-strokecase{number}" / f"ses-{session}"
-        touch(derived, f"{name}_msk.nii.gz", f"{name}_space-T1w_FLAIR.nii.gz")
+        touch(derived, f"{name}_msk.nii.gz", f"{name}_space-T1w_FLAIR.nii.gz", f"{name}_desc-brain_mask.nii.gz")
     one, two, seven = layouts.find_cases("bids", tmp_path, ("DWI", "ADC", "FLAIR"))
     assert [case.name for case in (one, two)] == ["sub-strokecase0001_ses-0001", "sub-strokecase0001_ses-0002"]
     assert one.patient == two.patient == "sub-strokecase0001" != seven.patient
@@ -230,6 +230,11 @@ def test_bids_without_sessions_or_rawdata_and_with_two_runs(tmp_path):
     touch(tmp_path / "sub-a" / "anat", "sub-a_T1w.nii.gz", "sub-a_T2w.nii.gz")
     (case,) = layouts.find_cases("bids", tmp_path, ("T1", "T2"))
     assert (case.name, case.patient, set(case.images)) == ("sub-a", "sub-a", {"T1", "T2"})
+    touch(tmp_path / "sub-a" / "anat", "sub-a_ce-gadolinium_T1w.nii.gz")
+    touch(tmp_path / "derivatives" / "x", "sub-a_desc-brain_mask.nii.gz", "sub-a_label-lesion_mask.nii.gz")
+    (case,) = layouts.find_cases("bids", tmp_path, ("T1", "T1ce"))
+    assert case.images["T1"].name == "sub-a_T1w.nii.gz" and "_ce-" in case.images["T1ce"].name
+    assert case.label is not None and case.label.name == "sub-a_label-lesion_mask.nii.gz"
     touch(tmp_path / "sub-a" / "anat", "sub-a_run-2_T1w.nii.gz")
     with pytest.raises(UserError, match=r"case sub-a has two files for T1: sub-a_T1w.* and sub-a_run-2_T1w"):
         layouts.find_cases("bids", tmp_path, ("T1", "T2"))
@@ -254,12 +259,20 @@ def test_myops_2020_with_labels_in_a_folder_of_their_own(tmp_path):
     assert layouts.find_cases("myops", tmp_path, ("C0", "DE", "T2"))[0].images["DE"] == case.images["LGE"]
 
 
-@pytest.mark.parametrize(("name", "content"), [("IM001.dcm", b""), ("IM001", b"\0" * 128 + b"DICM")])
-def test_a_dicom_folder_is_told_how_to_become_nifti(tmp_path, name, content):
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+@pytest.mark.parametrize("name", ["IM001.dcm", "IM001", "MR.1.2.840.215519"])
+def test_a_dicom_folder_is_told_how_to_become_nifti(tmp_path, layout, name):
     (tmp_path / "series").mkdir()
-    (tmp_path / "series" / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"IM001.*is a DICOM file; convert .* dcm2niix"):
-        layouts.find_cases("brats", tmp_path, FOUR)
+    (tmp_path / "series" / name).write_bytes(b"" if name.endswith("dcm") else b"\0" * 128 + b"DICM")
+    with pytest.raises(UserError, match=r"is a DICOM file; convert .* dcm2niix") as error:
+        layouts.find_cases(layout, tmp_path, FOUR)
+    assert name in str(error.value)
+
+
+def test_channels_are_found_under_their_other_names(tmp_path):
+    nnunet(tmp_path, {"0": "T1w", "1": "T2-FLAIR", "2": "T1c"}, "p_0000.nii.gz", "p_0002.nii.gz")
+    (case,) = layouts.find_cases("nnunet", tmp_path, ("T1", "T1ce"))
+    assert [path.name for path in case.images.values()] == ["p_0000.nii.gz", "p_0002.nii.gz"]
 
 
 def test_real_isles_case(data_root):

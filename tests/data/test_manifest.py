@@ -21,7 +21,8 @@ def scans(folder, *names):
     "text",
     [
         "case,patient,T1,FLAIR,label\nb,p,b/1.nii.gz,b/2.nii.gz,b/s.nii.gz\na,p,a/1.nii.gz,,\n",
-        "\ufeffCase;PATIENT;t1;flair;Label\r\nb; p ;b/1.nii.gz;b/2.nii.gz;b/s.nii.gz\r\na;p;a/1.nii.gz;;\r\n;;;;\r\n",
+        "\ufeffsep=;\r\nCase;PATIENT;t1;flair;Label;;\r\nb; p ;b/1.nii.gz;b/2.nii.gz;b/s.nii.gz;;\r\n"
+        "a;p;a/1.nii.gz;;;;\r\n;;;;;;\r\n",
         '[{"case": "b", "patient": "p", "images": {"T1": "b/1.nii.gz", "flair": "b/2.nii.gz"}, "label": "b/s.nii.gz"},'
         ' {"case": "a", "patient": "p", "images": {"T1": "a/1.nii.gz", "FLAIR": null}}]',
     ],
@@ -48,8 +49,13 @@ def test_without_a_patient_every_case_is_one(tmp_path):
         ("case,T1\na,1.nii.gz\na,1.nii.gz\n", r"manifest\.csv, line 3: a second case a"),
         ("case,T1\na,gone.nii.gz\n", r"line 2: T1 of case a: .*gone\.nii\.gz: no such file"),
         ("case,T1,label\na,1.nii.gz,gone.nii.gz\n", r"line 2: label of case a: .*gone\.nii\.gz"),
-        ("case,T1\na,1.nii.gz,more\n", "line 2: has not as many cells as the first line"),
-        ("case,T1,label\na,1.nii.gz\n", "line 2: has not as many cells"),
+        ("case,T1\na,1.nii.gz,more\n", "line 2: has 3 cells, the first line 2"),
+        ("case,T1,label\na,1.nii.gz\n", "line 2: has 2 cells, the first line 3"),
+        ("case,T1,label,label2\na,1.nii.gz,,\n", "column label2: several labels of a case are not read yet"),
+        ("case,T1,\na,1.nii.gz,more\n", "line 2: more stands in a column without a name"),
+        ('case,T1\na,"1.nii.gz\n' + 100 * "b,2.nii.gz\n", r"T1 of case a: 1\.nii\.gz\.\.\.: no such file"),
+        ("case,T1\na," + 5000 * "x" + "\n", r"line 2: T1 of case a: x+\.\.\.: no such file"),
+        (140_000 * "x" + ",case,T1\n", "line 1: field larger than field limit"),
         ("name,T1\na,1.nii.gz\n", "has no column case"),
         ("case,T1,t1\na,1.nii.gz,1.nii.gz\n", "two columns t1"),
         ("case,PET\na,1.nii.gz\n", "has no modality T1, it has pet"),
@@ -76,6 +82,7 @@ def test_mistakes_in_a_table_are_named_with_their_line(tmp_path, text, message):
         ('[{"case": "a", "images": {"T1": 3}}]', "entry 1: 3 is no text"),
         ('[{"case": "a", "images": {}, "mask": "x"}]', "entry 1: unknown key 'mask'"),
         ("[" * 100_000, "is no JSON"),
+        ('[{"case": "a", "images": {"T1": "x", "t1": "y"}}]', "entry 1: two images of one modality"),
     ],
 )
 def test_mistakes_in_a_json_manifest(tmp_path, text, message):
@@ -128,14 +135,19 @@ def test_no_json_is_too_odd(tmp_path, value):
 
 def test_a_table_is_written_from_a_folder_and_read_again(tmp_path):
     data = tmp_path / "data"
-    scans(data, "p1/s 1/T1.nii.gz", "p1/s 1/seg.nii.gz", "p1/s2/T1.nii", "p1/s2/PET_image.nii.gz", "p1/s2/notes.txt")
-    templates = {"T1": "{patient}/{case}/T1.nii*", "PET": "{patient}/{case}/PET*", "label": "*/{case}/seg.nii.gz"}
+    scans(data, "p1/s 1/T1.nii.gz", "p1/s 1/seg.nii.gz", "p1/s2/T1.NII.GZ", "p1/s2/PET_image.nii.gz", "p2/s2/T1.nii.gz")
+    scans(data, "p1/s2/notes.txt", "p1/s2/T1.nii/empty.txt")
+    (tmp_path / "elsewhere").mkdir()
+    scans(tmp_path, "elsewhere/s1/T1.nii.gz")
+    (data / "p3").symlink_to(tmp_path / "elsewhere")
+    templates = {"T1": "./{patient}/{case}/T1.nii.gz", "PET": "{patient}/{case}/PET*", "label": "{patient}/{case}/seg*"}
     rows = manifest.collect(data, templates)
     (tmp_path / "tables").mkdir()
     path = tmp_path / "tables" / "m.csv"
     path.write_text(manifest.as_csv(rows, list(templates), "../data"))
-    first, second = layouts.find_cases("manifest", path, ("PET", "T1"))
-    assert (first.name, first.patient, second.patient) == ("s 1", "p1", "p1")
+    first, second, third, fourth = layouts.find_cases("manifest", path, ("PET", "T1"))
+    assert [case.name for case in (first, second, third, fourth)] == ["p1_s 1", "p1_s2", "p2_s2", "p3_s1"]
+    assert first.patient == second.patient == "p1" and (third.patient, fourth.patient) == ("p2", "p3")
     assert first.label is not None and first.label.resolve() == (data / "p1/s 1/seg.nii.gz").resolve()
     assert set(second.images) == {"T1", "PET"} and second.label is None
 
@@ -143,15 +155,17 @@ def test_a_table_is_written_from_a_folder_and_read_again(tmp_path):
 @pytest.mark.parametrize(
     ("templates", "message"),
     [
-        ({"T1": "*/T1.nii.gz"}, "does not say where the case's name stands"),
+        ({"T1": "T1*.nii.gz"}, "does not say where the case's name stands"),
         ({"T1": "{name}/T1.nii.gz"}, r"\{name\} stands for nothing"),
         ({"T1": "{case}/T9.nii.gz"}, "no NIfTI file fits T1="),
         ({"T1": "{case}/*.nii.gz"}, r"a/T1\.nii\.gz and a/T2\.nii\.gz are both T1 of case a"),
-        ({"T1": "{case}/T1.nii.gz", "PET": "{patient}/{case}/x.nii.gz", "CT": "other/{patient}_{case}.nii.gz"}, "two"),
+        ({"T1": "*/{case}/x.nii.gz"}, r"\* stands for a part of a file's name"),
+        ({"T1": "{case}/T1.nii.gz", "CT": "other/{patient}_{case}.nii.gz"}, r"T1=.*: has no \{patient\}, others have"),
+        ({"T1": "{case}/T1.nii.gz", "label": "other/q_{case}.nii.gz"}, r"is the label of case b, which has no scan"),
     ],
 )
 def test_patterns_that_say_too_little_or_too_much(tmp_path, templates, message):
-    scans(tmp_path, "a/T1.nii.gz", "a/T2.nii.gz", "p/a/x.nii.gz", "other/q_a.nii.gz")
+    scans(tmp_path, "a/T1.nii.gz", "a/T2.nii.gz", "p/a/x.nii.gz", "other/q_a.nii.gz", "other/q_b.nii.gz")
     with pytest.raises(UserError, match=message):
         manifest.collect(tmp_path, templates)
 
@@ -159,3 +173,9 @@ def test_patterns_that_say_too_little_or_too_much(tmp_path, templates, message):
 def test_a_name_that_comes_twice_must_be_the_same(tmp_path):
     scans(tmp_path, "a/a_T1.nii.gz", "b/x_T1.nii.gz")
     assert [row["case"] for row in manifest.collect(tmp_path, {"T1": "{case}/{case}_T1.nii.gz"})] == ["a"]
+
+
+def test_links_that_run_in_circles_end(tmp_path):
+    scans(tmp_path, "a/T1.nii.gz")
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    assert len(manifest.collect(tmp_path, {"T1": "{case}/T1.nii.gz"})) == 1
