@@ -2,7 +2,7 @@
 
 Reads every case as training would and says what there is, what is wrong with which file and what a training would
 cost, before anything is trained. Writes O/check.png (a contact sheet: look at it) and O/check.json. Leaves with 2 where
-a case cannot be read or no training is possible, with 0 where there are only warnings.
+a case cannot be read or no training is possible, with 0 where there are only warnings. Of a phantom the first 16.
 """
 
 from collections.abc import Sequence
@@ -36,26 +36,22 @@ def main(argv: Sequence[str]) -> None:
     train.check(output, config)
     cli.setup_devices(at_most=config.train.batch)
     found, errors = survey(config, output)
-    print_found(found)
-    try:
-        train.dataset.check(config.data)
-        found["plan"] = plan(config, epoch(config, found["slices"]))
-    except UserError as error:
-        errors.append(str(error))
+    if not errors:
+        found["plan"] = plan(config, found["epoch"])
     from entrust_jax.runtime import logs
 
     logs.write_json(output / "check.json", found | {"errors": errors})
     print(f"\n{output}/check.png: look at it: orientation, outlines, modalities in their columns")
     if errors:
-        raise UserError(f"{len(errors)} to mend; " + "; ".join(errors[:3]) + (" ..." if len(errors) > 3 else ""))
-    print(f"ready: python -m entrust_jax.train --config=... ({len(found['warnings'])} warnings)")
+        raise UserError(f"{len(errors)} to mend, listed above and in {output}/check.json; the first: {errors[0]}")
+    print(f"ready to be trained; {len(found['warnings'])} warnings")
 
 
 def survey(config: Any, output: Path) -> tuple[dict[str, Any], list[str]]:
-    """Looks at every case and draws the sheet: (what was found, the errors)."""
+    """Looks at every case, draws the sheet and says what was found: (figures and warnings, errors)."""
     import numpy as np
 
-    from entrust_jax.data import survey
+    from entrust_jax.data import dataset, survey
     from entrust_jax.report import contact, curves
     from entrust_jax.runtime import logs
 
@@ -74,14 +70,27 @@ def survey(config: Any, output: Path) -> tuple[dict[str, Any], list[str]]:
     output.mkdir(parents=True, exist_ok=True)
     title = f"{config.name}: {len(glimpses)} of {len(cases)} cases"
     curves.save(contact.sheet(glimpses, modalities, classes, title), output / "check.png")
+
+    found = survey.summary(findings, modalities, classes)
     warnings = [line for finding in findings for line in finding.warnings]
-    warnings += survey.exchanged(findings, modalities)
-    found = survey.summary(findings, modalities, classes) | {"warnings": warnings}
-    return found, [finding.error for finding in findings if finding.error]
+    errors = [finding.error for finding in findings if finding.error]
+    warnings += survey.exchanged(findings, modalities) + survey.repeated(findings)
+    if data.layout == "phantom":
+        found["epoch"] = data.phantom.cases[0] * data.phantom.depth
+    else:
+        warnings += survey.unused(data, [case for case in cases if not isinstance(case, str)])
+        try:
+            parts = dataset.drawn(data)
+            errors += survey.impossible(findings, modalities, parts)
+            found["epoch"] = sum(found["slices"].get(name, 0) for name in parts["train"])
+        except UserError as error:
+            errors.append(str(error))
+    print_found(found | {"warnings": warnings, "errors": errors})
+    return found | {"warnings": warnings}, errors
 
 
 def print_found(found: dict[str, Any]) -> None:
-    """What there is and what needs a word."""
+    """What there is, what needs a word, and what must be mended."""
     print(f"{found['cases']} cases of {found['patients']} patients, {found['unreadable']} of them unreadable")
     print("  " + ", ".join(f"{name} in {count}" for name, count in found["modalities"].items()))
     for what, unit in (("size", "voxels, D H W"), ("spacing", "mm along D H W")):
@@ -90,31 +99,23 @@ def print_found(found: dict[str, Any]) -> None:
             print(f"  {what}: " + " / ".join(spans) + f" (least / median / most, {unit})")
     for name, own in found["labels"].items():
         print(f"  {name}: {own['voxels']:,} voxels in {own['cases']} cases")
-    for line in found["warnings"]:
-        print(f"  warning: {line}")
-
-
-def epoch(config: Any, slices: dict[str, int]) -> int:
-    """Slices with a body in the training part of the split."""
-    from entrust_jax.data import dataset, splits
-
-    data, s = config.data, config.data.split
-    if data.layout == "phantom":
-        return data.phantom.cases[0] * data.phantom.depth
-    pairs = [(case.name, case.patient) for case in dataset.find(data)]
-    parts = splits.draw(pairs, seed=s.seed, folds=s.folds, fold=s.fold, test_pattern=s.test_pattern)
-    return sum(slices.get(name, 0) for name in parts["train"])
+    for kind in ("warning", "error"):
+        for line in found[f"{kind}s"]:
+            print(f"  {kind}: {line}")
 
 
 def plan(config: Any, slices: int) -> dict[str, Any]:
-    """Compiles every stage, times its step on an empty batch, and says what training costs; `slices` are an epoch."""
+    """Compiles every stage, times its step on an empty batch, and says what training costs; `slices` are an epoch:
+
+    those with a body, of the labelled cases in the training part.
+    """
     from entrust_jax import api, train
     from entrust_jax.runtime import mesh
 
     devices, network = mesh.data_mesh(), api.network_of(config)
     stages = train.plan_stages(config, network)
     steps = {stage.name: train.compile_step(config, network, stage, devices) for stage in stages}
-    train.print_plan(config, stages, steps, devices, Path("a working folder"))
+    train.print_plan(config, stages, steps, devices, cli.default_workdir(config))
     size = mesh.round_to_devices(config.train.batch, devices)
     for stage in stages:
         minutes = slices / size * steps[stage.name].step_seconds / 60

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
 
     # After the cheap checks: these take seconds to load, which a wrong argument should not cost.
     from entrust_jax import api
-    from entrust_jax.data import layouts, preprocess
+    from entrust_jax.data import dataset, layouts, preprocess
     from entrust_jax.report import output as report
     from entrust_jax.runtime import logs
 
@@ -57,14 +57,7 @@ def main(argv: Sequence[str]) -> None:
         case = layouts.case_from_files(files, modalities)
     # A mask in the folder is not needed here, and a bad one must not stop a prediction.
     case = dataclasses.replace(case, label=None)
-    volume = preprocess.read_volume(
-        case,
-        modalities=modalities,
-        reference=data.reference,
-        label_map=data.label_map,
-        classes=classes,
-        intensity=data.intensity.to_dict(),
-    )
+    volume = preprocess.read_volume(case, **dataset.reading(data))
     present = [name for name, there in zip(modalities, volume.present, strict=True) if there]
     lost = losses(present, modalities, data.reference)
     missing = [name for name in modalities if name not in present]

@@ -40,6 +40,6 @@ def test_a_damaged_set_leaves_with_2_and_names_the_file(repository, tmp_path):
     done = run(repository, "--config=configs/brats.py", f"--config.data.dir={tmp_path}", f"--output={tmp_path}/seen")
     assert done.returncode == 2, done.stderr
     assert "error: 2 to mend" in done.stderr and f"{broken}: unreadable or truncated" in done.stderr
-    assert "leaves no patient" in done.stderr  # two patients are no data set
+    assert f"error: {broken}: " in done.stdout and "leaves no patient" in done.stdout  # two patients are no data set
     assert "the same scan voxel for voxel" in done.stdout and "empty label" in done.stdout
     assert (tmp_path / "seen" / "check.png").exists() and "Traceback" not in done.stderr

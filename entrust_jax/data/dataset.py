@@ -51,11 +51,7 @@ def split(data: Any, path: Path) -> dict[str, list[str]]:
 def check(data: Any) -> None:
     """Raises UserError for data that cannot be there: a second's look, before the minutes of compiling."""
     if data.layout != "phantom":
-        cases = find(data)
-        layouts.require_complete(cases, data.dir, tuple(data.modalities))
-        s = data.split
-        pairs = [(case.name, case.patient) for case in cases]
-        splits.draw(pairs, seed=s.seed, folds=s.folds, fold=s.fold, test_pattern=s.test_pattern)
+        drawn(data)
         return
     phantom_spec(data)
     cases = tuple(data.phantom.cases)
@@ -64,6 +60,14 @@ def check(data: Any) -> None:
             f"config.data.phantom.cases is {cases}; give one number of cases, at least 1, for each of "
             + ", ".join(splits.PARTS)
         )
+
+
+def drawn(data: Any) -> dict[str, list[str]]:
+    """The split that a training of scans would draw, not written down. Raises UserError where none is possible."""
+    cases, s = find(data), data.split
+    layouts.require_complete(cases, data.dir, tuple(data.modalities))
+    pairs = [(case.name, case.patient) for case in cases]
+    return splits.draw(pairs, seed=s.seed, folds=s.folds, fold=s.fold, test_pattern=s.test_pattern)
 
 
 def find(data: Any) -> list[layouts.Case]:
@@ -105,6 +109,17 @@ def name_patients(cases: Sequence[layouts.Case], pattern: str) -> list[layouts.C
     return [dataclasses.replace(case, patient=match[1]) for case, match in zip(cases, found, strict=True) if match]
 
 
+def reading(data: Any) -> dict[str, Any]:
+    """What `preprocess.read_volume` must know of a config's data section."""
+    return {
+        "modalities": tuple(data.modalities),
+        "reference": data.reference,
+        "label_map": tuple(map(tuple, data.label_map)),
+        "classes": tuple(data.classes),
+        "intensity": data.intensity.to_dict(),
+    }
+
+
 def read(data: Any, names: Iterable[str], seed: int) -> tuple[list[Volume], list[str]]:
     """The volumes with these names, and a line for every case that had to be left out or needs a word.
 
@@ -121,14 +136,7 @@ def read(data: Any, names: Iterable[str], seed: int) -> tuple[list[Volume], list
             f"{data.dir}: lacks {absent[0]} ({len(absent)} of the split's cases); "
             "restore it, or name the folder that has it"
         )
-    volumes, problems = preprocess.read_volumes(
-        [by_name[name] for name in wanted],
-        modalities=tuple(data.modalities),
-        reference=data.reference,
-        label_map=tuple(map(tuple, data.label_map)),
-        classes=tuple(data.classes),
-        intensity=data.intensity.to_dict(),
-    )
+    volumes, problems = preprocess.read_volumes([by_name[name] for name in wanted], **reading(data))
     if not volumes:
         raise UserError(f"{data.dir}: no case could be read; the first problem was: {problems[0]}")
     return volumes, problems

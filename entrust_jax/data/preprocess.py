@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gzip
+import itertools
 import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,8 @@ from entrust_jax.data.cases import Case
 from entrust_jax.errors import UserError
 
 IGNORED = -1  # the class index of voxels that count neither in training nor in scores
+SAME = 0.9999  # correlation of two scans above which one is a copy of the other
+FLAT = 0.02  # standard deviation after a rule of intensity below which it cannot be the right one
 COVERED = 0.9  # share of the body below which a scan's field of view is worth a word
 # What a damaged or foreign file raises somewhere inside nibabel, gzip or numpy.
 UNREADABLE = (
@@ -120,8 +123,8 @@ def rules_of(intensity: Mapping[str, Sequence[Any]], modalities: Sequence[str]) 
     Raises UserError for an unknown modality or rule, an empty window, a unit that is not positive.
     """
     for name, rule in intensity.items():
-        known = isinstance(rule, tuple | list) and len(rule) and {"window": 3, "scale": 2}.get(rule[0]) == len(rule)
-        numbers = known and all(isinstance(value, int | float) and np.isfinite(value) for value in rule[1:])
+        known = isinstance(rule, tuple | list) and [*rule[:1], len(rule)] in (["window", 3], ["scale", 2])
+        numbers = known and all(type(value) in (int, float) and np.isfinite(value) for value in rule[1:])
         if name not in modalities:
             raise UserError(f"config.data.intensity: there is no modality {name}; there are {', '.join(modalities)}")
         if not numbers or (rule[1] >= rule[2] if rule[0] == "window" else rule[1] <= 0):
@@ -338,6 +341,22 @@ def read_label(
     return label.astype(np.int32), warnings
 
 
+def _by_rule(name: str, rule: Rule | None) -> str:
+    return "" if rule is None else f" when read by config.data.intensity.{name} = {rule}"
+
+
+def copies(
+    raw: Float[np.ndarray, "m *s"], present: Bool[np.ndarray, " m"], body: Bool[np.ndarray, "*s"], names: Sequence[str]
+) -> list[str]:
+    """A line for every two scans that are one and the same up to scale and rounding: one took the other's place."""
+    found = []
+    for a, b in itertools.combinations(np.flatnonzero(present).tolist(), 2):
+        one, other = raw[a][body].astype(np.float64), raw[b][body].astype(np.float64)
+        if one.std() and other.std() and np.corrcoef(one, other)[0, 1] > SAME:
+            found.append(f"{names[a]} and {names[b]} are the same scan voxel for voxel; one took the other's place")
+    return found
+
+
 def read_volume(
     case: Case,
     *,
@@ -395,16 +414,24 @@ def read_volume(
                 f"{case.images[modalities[m]]}: covers only {share:.0%} of the body on {grid.path}; "
                 "where it does not, it says nothing"
             )
-        inside = raw[m][body & field[m]]
+        inside = image[m][body & field[m]]
         if not inside.size or inside.min() == inside.max():
             image[m] = 0.0
             present[m] = False
             warnings.append(
-                f"{case.images[modalities[m]]}: has one single value inside the body on the grid of {grid.path};"
-                " counts as missing"
+                f"{case.images[modalities[m]]}: has one single value inside the body on the grid of {grid.path}"
+                f"{_by_rule(modalities[m], rules[m])}; counts as missing"
+            )
+        elif rules[m] is not None and inside.std() < FLAT:
+            warnings.append(
+                f"{case.images[modalities[m]]}: hardly varies inside the body{_by_rule(modalities[m], rules[m])};"
+                " see whether its values have the unit that the rule expects"
             )
     if not present.any():
         raise UserError(f"{grid.path}: no scan of case {case.name} says anything inside the body; export them again")
+    warnings += copies(raw, present, body, [f"{case.images.get(name)}" for name in modalities])
+    if label is not None and (label > 0).any() and (label[body] > 0).sum() < 0.5 * (label > 0).sum():
+        warnings.append(f"{case.label}: most of what it labels lies outside the body; see whether it fits the scans")
     x, y, z = voxel_sizes(grid.affine).tolist()
     return Volume(
         name=case.name,

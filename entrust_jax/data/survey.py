@@ -1,21 +1,24 @@
 """What a data set holds and what is wrong with it, case by case: for a person, before anything is trained."""
 
+import hashlib
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from entrust_jax.data import dataset, phantom, preprocess
-from entrust_jax.data.cases import Case
+from entrust_jax.data.cases import Case, scans_below
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 
 CELLS = (3, 6, 6)  # of the body's box, in which a modality's mean and spread are compared between cases
 LEAST_VOXELS = 20  # of a cell, below which it says nothing
 LEAST_CASES = 8  # of a modality, below which there is no usual appearance
+USUAL_CASES = 100  # at most, whose appearance is the usual one
 SUSPICIOUS = 1.03  # usual distance over that of the best exchange: 1 of 61 glioma patients lies above it as they are
 FAR = 4.0  # deviations from the usual that count; more is no more
 
@@ -31,6 +34,7 @@ class Finding(NamedTuple):
     slices: int  # with a body
     counts: tuple[int, ...] | None  # labelled voxels of each class; None without a label
     appearance: Float[np.ndarray, "m f"]
+    fingerprint: str  # equal for equal scans
     warnings: tuple[str, ...]
     error: str = ""
 
@@ -61,18 +65,11 @@ def look(data: Any, case: Case | str, seed: int) -> tuple[Finding, Glimpse | Non
         (volume,), _ = dataset.read(data, [case], seed)
     else:
         try:
-            volume = preprocess.read_volume(
-                case,
-                modalities=modalities,
-                reference=data.reference,
-                label_map=tuple(map(tuple, data.label_map)),
-                classes=classes,
-                intensity=data.intensity.to_dict(),
-            )
+            volume = preprocess.read_volume(case, **dataset.reading(data))
         except UserError as error:
             nothing = np.full((len(modalities), 2 * int(np.prod(CELLS))), np.nan)
             return Finding(
-                case.name, case.patient, tuple(case.images), (0, 0, 0), (0, 0, 0), 0, None, nothing, (), str(error)
+                case.name, case.patient, tuple(case.images), (0, 0, 0), (0, 0, 0), 0, None, nothing, "", (), str(error)
             ), None
     counts = None
     said = list(volume.warnings)
@@ -80,8 +77,9 @@ def look(data: Any, case: Case | str, seed: int) -> tuple[Finding, Glimpse | Non
         said.append(f"case {volume.name}: has no label; training leaves it out")
     else:
         counts = tuple(int(np.sum(volume.label == k)) for k in range(len(classes)))
-    said += copies(volume, modalities)
     present = tuple(name for name, here in zip(modalities, volume.present, strict=True) if here)
+    if lacking := [name for name in modalities if name not in present]:
+        said.append(f"case {volume.name}: lacks {', '.join(lacking)}")
     finding = Finding(
         name=volume.name,
         patient=volume.patient,
@@ -91,6 +89,7 @@ def look(data: Any, case: Case | str, seed: int) -> tuple[Finding, Glimpse | Non
         slices=int(volume.body.any(axis=(1, 2)).sum()),
         counts=counts,
         appearance=np.stack([appearance(volume, m) for m in range(len(modalities))]),
+        fingerprint=hashlib.sha256(volume.image.tobytes()).hexdigest(),
         warnings=tuple(said),
     )
     return finding, glimpse(volume)
@@ -102,18 +101,9 @@ def glimpse(volume: Volume) -> Glimpse:
     inside = np.flatnonzero(volume.body.any(axis=(1, 2)))
     middle = int(inside[len(inside) // 2]) if inside.size else len(volume.body) // 2
     z = int(np.argmax(area)) if area.any() else middle
-    label = None if volume.label is None else volume.label[z]
-    return Glimpse(volume.name, z, volume.image[:, z], volume.present, label, volume.body[z], volume.spacing)
-
-
-def copies(volume: Volume, modalities: Sequence[str]) -> list[str]:
-    """A line for every two modalities that are voxel for voxel the same, up to scale."""
-    return [
-        f"case {volume.name}: {modalities[a]} and {modalities[b]} are the same scan voxel for voxel;"
-        " one of the files is in the place of another"
-        for a, b in itertools.combinations(np.flatnonzero(volume.present).tolist(), 2)
-        if np.allclose(volume.image[a], volume.image[b], atol=1e-4)
-    ]
+    label = None if volume.label is None else volume.label[z].copy()  # a view would keep the whole volume
+    image, body = volume.image[:, z].copy(), volume.body[z].copy()
+    return Glimpse(volume.name, z, image, volume.present, label, body, volume.spacing)
 
 
 def appearance(volume: Volume, m: int) -> Float[np.ndarray, " f"]:
@@ -141,7 +131,7 @@ def exchanged(findings: Sequence[Finding], modalities: Sequence[str]) -> list[st
     every = np.stack([finding.appearance for finding in seen]) if seen else np.zeros((0, len(modalities), 0))
     lines = []
     for i, finding in enumerate(seen):
-        rest = np.delete(every, i, axis=0)
+        rest = np.delete(every[:USUAL_CASES], i, axis=0) if i < USUAL_CASES else every[:USUAL_CASES]
         enough = np.sum(~np.all(np.isnan(rest), axis=2), axis=0) >= LEAST_CASES
         here = [m for m, name in enumerate(modalities) if name in finding.present and enough[m]]
         if len(here) < 2:
@@ -171,6 +161,39 @@ def _exchanges(here: list[int]) -> list[tuple[int, ...]]:
     return orders
 
 
+def repeated(findings: Sequence[Finding]) -> list[str]:
+    """A line for every case that holds the scans of another one: on both sides of a split it would leak."""
+    first: dict[str, str] = {}
+    lines = []
+    for finding in findings:
+        if finding.fingerprint and first.setdefault(finding.fingerprint, finding.name) != finding.name:
+            lines.append(f"case {finding.name}: holds the same scans as case {first[finding.fingerprint]}; remove one")
+    return lines
+
+
+def unused(data: Any, cases: Sequence[Case]) -> list[str]:
+    """A line for NIfTI files beside the cases' own that are taken for nothing: a modality's name may be misspelt."""
+    taken = {path.resolve() for case in cases for path in (*case.images.values(), case.label) if path}
+    folders = {path.parent for path in taken}
+    beside = [path for _, path in scans_below(Path(data.dir)) if path.resolve().parent in folders]
+    left = [path for path in beside if path.resolve() not in taken]
+    return [f"{path}: is no modality of the config, and no label; not read" for path in left[:5]] + (
+        [f"... and {len(left) - 5} more such files"] if len(left) > 5 else []
+    )
+
+
+def impossible(findings: Sequence[Finding], modalities: Sequence[str], parts: Mapping[str, Sequence[str]]) -> list[str]:
+    """Why no training could come of these cases; `parts` of the split, by name."""
+    read = {finding.name: finding for finding in findings if not finding.error}
+    lines = []
+    if read and not any(set(modalities) <= set(finding.present) for finding in read.values()):
+        lines.append("no case has every modality; set config.data.modalities to those that occur together")
+    for part, names in parts.items():
+        if not any(name in read and read[name].counts is not None for name in names):
+            lines.append(f"the part {part} of the split has no readable case with a label; add labels or cases")
+    return lines
+
+
 def summary(findings: Sequence[Finding], modalities: Sequence[str], classes: Sequence[str]) -> dict[str, Any]:
     """What was found, in numbers; medians and ranges over the cases that could be read."""
     read = [finding for finding in findings if not finding.error]
@@ -187,7 +210,7 @@ def summary(findings: Sequence[Finding], modalities: Sequence[str], classes: Seq
         "patients": len({finding.patient for finding in findings}),
         "unreadable": len(findings) - len(read),
         "modalities": {name: sum(name in finding.present for finding in read) for name in modalities},
-        "slices": {finding.name: finding.slices for finding in read},
+        "slices": {finding.name: finding.slices for finding in read if finding.counts is not None},
         "size": span([finding.shape for finding in read]),
         "spacing": span([finding.spacing for finding in read]),
         "labels": {

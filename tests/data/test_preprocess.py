@@ -467,6 +467,8 @@ def test_intensities_with_a_unit_are_read_by_their_rule():
         ({"PET": ("scale", "SUV")}, "PET is"),
         ({"PET": "scale"}, "PET is"),
         ({"PET": ()}, "PET is"),
+        ({"PET": ([1], 2)}, "PET is"),
+        ({"PET": ("scale", True)}, "PET is"),
     ],
 )
 def test_a_rule_that_is_none_is_named(intensity, message):
@@ -474,9 +476,32 @@ def test_a_rule_that_is_none_is_named(intensity, message):
         preprocess.rules_of(intensity, ("CT", "PET"))
 
 
+def test_a_rule_that_does_not_fit_the_values_is_noticed(tmp_path):
+    """CT that was stored with another offset lies above its window; CT that was scaled to 0 ... 1 fills none of it."""
+    above = read(make_case(tmp_path), intensity={"T1": ("window", -1000, -900)})
+    assert not above.present[0] and "T1.nii.gz: has one single value inside the body" in above.warnings[0]
+    assert "config.data.intensity.T1 = ('window', -1000, -900)" in above.warnings[0]
+    little = read(make_case(tmp_path, t1=head(seed=1) / 1e4), intensity={"T1": ("window", -160, 240)})
+    assert little.present[0] and "T1.nii.gz: hardly varies inside the body" in little.warnings[0]
+
+
+def test_a_copy_is_named_also_where_scale_and_type_differ(tmp_path):
+    t1 = head(seed=1).astype(np.float32)
+    scaled = np.rint(3e4 * (t1 - t1.min()) / np.ptp(t1)).astype(np.int16)
+    volume = read(make_case(tmp_path, t1=t1, flair=scaled), intensity={"T1": ("scale", 2.0)})
+    assert "T1.nii.gz and " in volume.warnings[0] and "are the same scan voxel for voxel" in volume.warnings[0]
+    assert read(make_case(tmp_path)).warnings == ()
+
+
+def test_a_label_beside_the_body_gets_a_word(tmp_path):
+    label = np.zeros((16, 14, 6), np.uint8)
+    label[0, :3] = 1
+    assert any("outside the body" in line for line in read(make_case(tmp_path, label=label)).warnings)
+
+
 def test_a_case_is_read_by_the_rules_of_its_config(tmp_path):
     case = make_case(tmp_path)
-    volume = read(case, intensity={"T1": ("window", 0.0, 1e6)})
+    volume = read(case, intensity={"T1": ("window", 0.0, 1e4)})
     plain = read(case)
     np.testing.assert_array_equal(volume.image[1], plain.image[1])
     assert np.all(volume.image[0][volume.body] < -1.9) and np.all(volume.present)

@@ -34,7 +34,7 @@ def finding(one: Volume) -> survey.Finding:
     d, h, w = one.body.shape
     looks = np.stack([survey.appearance(one, m) for m in range(len(one.image))])
     present = tuple(name for name, here in zip(MODALITIES, one.present, strict=False) if here)
-    return survey.Finding(one.name, one.patient, present, (d, h, w), one.spacing, 6, (10, 2), looks, ())
+    return survey.Finding(one.name, one.patient, present, (d, h, w), one.spacing, 6, (10, 2), looks, one.name, ())
 
 
 def swapped(one: Volume, a: int, b: int) -> Volume:
@@ -62,15 +62,6 @@ def test_a_missing_modality_and_few_cases_say_nothing_of_exchanges():
     assert "FLAIR" not in line
     assert survey.exchanged([finding(one) for one in volumes[:8]], MODALITIES) == []
     assert survey.exchanged([], MODALITIES) == []
-
-
-def test_a_copy_is_named_also_where_its_scale_is_another():
-    one = volume(0)
-    image = one.image.copy()
-    image[2] = image[1]
-    (line,) = survey.copies(dataclasses.replace(one, image=image), MODALITIES)
-    assert "case0: FLAIR and T1ce are the same scan" in line
-    assert survey.copies(one, MODALITIES) == []
 
 
 def data(folder, **changes):
@@ -112,17 +103,38 @@ def test_every_case_is_a_finding_whatever_is_wrong_with_it(folder, tmp_path):
     assert a.warnings == () and a.counts is not None and a.counts[1] == 16 and a.shape == (6, 24, 24)
     assert a.spacing == (3.0, 1.0, 1.0) and a.slices == 6
     assert "case b: has no label" in b.warnings[0] and b.counts is None
-    assert any("T1 and FLAIR are the same scan" in line for line in c.warnings)
+    assert any("c_t1.nii.gz and" in line and "are the same scan" in line for line in c.warnings)
     assert "d_t1.nii.gz: unreadable or truncated" in d.error and glimpses[3] is None
     summary = survey.summary(found, ("T1", "FLAIR"), ("background", "lesion"))
     assert (summary["cases"], summary["unreadable"]) == (4, 1)
     assert summary["modalities"] == {"T1": 3, "FLAIR": 3}
     assert summary["labels"]["lesion"] == {"cases": 2, "voxels": 32}
-    assert summary["spacing"]["median"] == [3, 1, 1] and summary["slices"] == {"a": 6, "b": 6, "c": 6}
+    assert summary["spacing"]["median"] == [3, 1, 1] and summary["slices"] == {"a": 6, "c": 6}
     assert glimpses[0].number == 3  # where the label is
+    assert glimpses[0].image.base is None  # nothing of the volume is kept
+    assert survey.repeated(found) == ["case b: holds the same scans as case a; remove one"]
     shown = [one for one in glimpses if one is not None]
     curves.save(contact.sheet(shown, ("T1", "FLAIR"), ("background", "lesion"), "four"), tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
+
+
+def test_why_no_training_can_come_of_a_set(folder):
+    options = data(folder)
+    found = [survey.look(options, case, 0)[0] for case in survey.cases_of(options)]
+    parts = {"train": ["a"], "val": ["b"], "calibration": ["c", "b"], "test": ["d"]}
+    val, test = survey.impossible(found, ("T1", "FLAIR"), parts)
+    assert "the part val of the split has no readable case with a label" in val and "the part test" in test
+    (line,) = survey.impossible(found, ("T1", "FLAIR", "T2"), {"train": ["a"]})
+    assert "no case has every modality" in line
+
+
+def test_missing_and_misspelt_files_get_a_line(folder):
+    (folder / "a" / "a_flair.nii.gz").rename(folder / "a" / "a_fliar.nii.gz")
+    options = data(folder)
+    cases = [case for case in survey.cases_of(options) if isinstance(case, layouts.Case)]
+    assert "case a: lacks FLAIR" in survey.look(options, cases[0], 0)[0].warnings
+    (line,) = survey.unused(options, cases)
+    assert "a_fliar.nii.gz: is no modality of the config, and no label" in line
 
 
 def test_nothing_readable_still_has_a_summary(folder):
