@@ -4,8 +4,8 @@
       FLAIR={case}/FLAIR.nii.gz label={case}/lesion.nii.gz
     python -m entrust_jax.train --config=configs/ms_lesions.py --config.data.dir=FOLDER
 
-30 patients, consensus of three raters (Lesjak et al. 2017, doi 10.1007/s12021-017-9348-7), CC BY;
-the download page is named in the paper. Time and score: not run here.
+The patterns are for files of these names; write those of your copy. 30 patients, consensus of three raters (Lesjak et
+al. 2017, doi 10.1007/s12021-017-9348-7), CC BY; the download page is named in the paper. Time and score: not run here.
 """
 
 from typing import Any

@@ -37,6 +37,8 @@ def phantom_suite(config: Any) -> None:
 
     if not FLAGS.output:
         raise UserError("--output is missing: name a folder for the results, --output=runs/phantom_suite")
+    if FLAGS.quick and FLAGS.ablation:
+        raise UserError("--quick trains the reference alone; leave out --ablation, or --quick")
     names = phantom.chosen([phantom.REFERENCE] if FLAGS.quick else FLAGS.ablation)
     seeds = 1 if FLAGS.quick else FLAGS.seeds
     output = Path(FLAGS.output)

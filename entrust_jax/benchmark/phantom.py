@@ -31,6 +31,7 @@ from entrust_jax.trustmap import calibration, case
 
 HYPOTHESES = 24
 SLICES = 32  # phantoms in one compiled call
+GENERATION = 2  # of what a training learns: raised when the same config would come to something else
 FIRST = 100_000  # the number of the first test phantom; no training sees one so large
 STEPS = (1, 2, 4, 8, 16)  # of the curves of diversity
 METHODS = ("dpmpp2m", "ddim")
@@ -184,7 +185,7 @@ def by_steps(model: api.Trained, volumes: list[Volume], scenes: phantom.Scene) -
 
 
 def checks(seen: Observation, alone: acceptance.Alone, scenes: phantom.Scene, spec: phantom.Spec) -> dict[str, Any]:
-    """Every acceptance check of one model: what it says with both modalities, and without the second one."""
+    """Every acceptance check of one model: what it says with every modality, and without the second one."""
     found = acceptance.blobs(scenes, spec)
     rows = zip(np.asarray(scenes.belief), np.asarray(scenes.site), np.asarray(scenes.distance), strict=True)
     laws = [phantom_law.exact_law(belief, site, distance, spec) for belief, site, distance in rows]
@@ -373,7 +374,7 @@ def short(name: str) -> str:
 
 
 def examine(config: Any, ablation: Ablation, model: api.Trained, seed: int, cases: int, folder: Path) -> None:
-    """Writes what a model says of the test phantoms, with both modalities and without the second, into `folder`."""
+    """Writes what a model says of the test phantoms, with every modality and without the second, into `folder`."""
     spec = dataset.phantom_spec(config.data)
     volumes = phantom.volumes(spec, range(FIRST, FIRST + cases), seed)
     with ablation.drawing():
@@ -414,6 +415,8 @@ def check(config: Any, output: Path, names: list[str]) -> None:
     data = config.data
     if data.layout != "phantom" or data.phantom.variant != "binary" or data.phantom.depth != 1:
         raise UserError(f"--config: {config.name} is no phantom of one slice with one kind of lesion")
+    if len(data.modalities) < 2:
+        raise UserError(f"--config: {config.name} has one reader; without a second one there is no conflict to judge")
     spec = dataset.phantom_spec(data)
     acceptance.blobs(phantom.scenes(spec, [FIRST], 0), spec)
     path = output / "summary.json"
@@ -439,6 +442,7 @@ def run(config: Any, output: Path, names: list[str], seeds: int, cases: int) -> 
                 wanted |= {"steps.json"} if name in STEPPED else set()
                 wanted |= {"parts.json"} if name in OPENED and seed == 0 else set()
             asked = {"config": json.loads(own.to_json()), "cases": cases, "hypotheses": HYPOTHESES}
+            asked |= {"generation": GENERATION}
             claim(workdir, asked)
             if missing := {file for file in wanted if not (workdir / file).exists()}:
                 if ablation.of:

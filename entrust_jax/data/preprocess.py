@@ -21,7 +21,7 @@ from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.spatialimages import HeaderDataError
 from scipy import ndimage
 
-from entrust_jax.data.cases import Case
+from entrust_jax.data.cases import Case, dicom_mistake, is_dicom
 from entrust_jax.errors import UserError
 
 IGNORED = -1  # the class index of voxels that count neither in training nor in scores
@@ -223,6 +223,8 @@ def load_scan(path: Path) -> tuple[Grid, np.ndarray]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the path of a .nii.gz scan") from None
     except UNREADABLE as error:
+        if is_dicom(path):
+            raise dicom_mistake(path) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path}: unreadable or truncated ({reason}); copy or download the file again"

@@ -298,6 +298,10 @@ def test_what_the_suite_cannot_judge_is_refused_before_anything_is_trained(confi
     other.data.phantom.depth = 2
     with pytest.raises(UserError, match="no phantom of one slice"):
         suite.check(other, tmp_path, [ablations.REFERENCE])
+    single = config.copy_and_resolve_references()
+    single.data.modalities = ("A",)
+    with pytest.raises(UserError, match="has one reader"):
+        suite.check(single, tmp_path, [ablations.REFERENCE])
     (tmp_path / "summary.json").write_text(json.dumps({"ablations": {"reference": 0, "A1 recycling": 0}}))
     with pytest.raises(UserError, match="would lose"):
         suite.check(config, tmp_path, [ablations.REFERENCE])

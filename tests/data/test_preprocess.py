@@ -493,6 +493,12 @@ def test_a_copy_is_named_also_where_scale_and_type_differ(tmp_path):
     assert read(make_case(tmp_path)).warnings == ()
 
 
+def test_a_dicom_file_is_told_what_to_become(tmp_path):
+    (tmp_path / "IM1.nii").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 500)
+    with pytest.raises(UserError, match=r"IM1\.nii: is a DICOM file; convert"):
+        preprocess.load_scan(tmp_path / "IM1.nii")
+
+
 def test_a_label_beside_the_body_gets_a_word(tmp_path):
     label = np.zeros((16, 14, 6), np.uint8)
     label[0, :3] = 1
