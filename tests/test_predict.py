@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from ml_collections import ConfigDict
 
 import entrust_jax
 from entrust_jax import predict
@@ -84,6 +85,7 @@ def trained(monkeypatch):
         reference="FLAIR",
         classes=("background", "lesion"),
         label_map=((0, 0), (7, 1)),
+        intensity=ConfigDict({}),
         regions={"lesion": (1,)},
     )
     config = types.SimpleNamespace(name="unit", method="unet", data=data)
