@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
 
     train.check(output, config)
     cli.setup_devices(at_most=config.train.batch)
-    found, errors = survey(config, output)
+    found, errors = inspect(config, output)
     if not errors:
         found["plan"] = plan(config, found["epoch"])
     from entrust_jax.runtime import logs
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"ready to be trained; {len(found['warnings'])} warnings")
 
 
-def survey(config: Any, output: Path) -> tuple[dict[str, Any], list[str]]:
+def inspect(config: Any, output: Path) -> tuple[dict[str, Any], list[str]]:
     """Looks at every case, draws the sheet and says what was found: (figures and warnings, errors)."""
     import numpy as np
 

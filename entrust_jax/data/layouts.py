@@ -71,10 +71,10 @@ def nnunet_cases(folder: Path, modalities: Sequence[str]) -> list[Case]:
         raise UserError(f"{description}: no such file; an nnU-Net raw folder has one beside imagesTr/") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{description}: cannot be read ({error}); mend the file") from None
-    named = info.get("channel_names", info.get("modality")) if isinstance(info, dict) else None
-    if not isinstance(named, dict) or not all(str(index).isdigit() for index in named):
+    channel_names = info.get("channel_names", info.get("modality")) if isinstance(info, dict) else None
+    if not isinstance(channel_names, dict) or not all(str(index).isdigit() for index in channel_names):
         raise UserError(f'{description}: has no "channel_names"; add them, as {{"0": "T1", "1": "FLAIR"}}')
-    by_name = {str(name).lower(): int(index) for index, name in named.items()}
+    by_name = {str(name).lower(): int(index) for index, name in channel_names.items()}
     channels: dict[str, int] = {}
     for modality in modalities:
         known = [name for name in (modality.lower(), *names_of(modality)) if name in by_name]
@@ -82,7 +82,7 @@ def nnunet_cases(folder: Path, modalities: Sequence[str]) -> list[Case]:
             channels[modality] = by_name[known[0]]
         else:
             raise UserError(
-                f"{description}: has no channel {modality}, it has {', '.join(map(str, named.values()))};"
+                f"{description}: has no channel {modality}, it has {', '.join(map(str, channel_names.values()))};"
                 " set config.data.modalities to some of these"
             )
     main = str(info.get("file_ending", ".nii.gz"))

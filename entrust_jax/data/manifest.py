@@ -92,9 +92,11 @@ def _text(path: Path) -> str:
 
 
 def _csv_rows(path: Path) -> list[Row]:
-    text = _text(path).lstrip()
+    whole = _text(path)
+    text = whole.lstrip()
     if text.lower().startswith("sep="):  # a spreadsheet's word to itself
         text = text.partition("\n")[2].lstrip()
+    before = whole[: len(whole) - len(text)].count("\n")  # lines, so that a mistake is named with the file's own
     separator = max(",;\t", key=text.partition("\n")[0].count)  # spreadsheets write what their country writes
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     rows: list[Row] = []
@@ -108,7 +110,7 @@ def _csv_rows(path: Path) -> list[Row]:
         if more := [name for name in lower if name.startswith("label") and name != "label"]:
             raise UserError(f"{path}: column {more[0]}: several labels of a case are not read yet; give one, label")
         for cells in reader:
-            where = f"line {reader.line_num}"
+            where = f"line {before + reader.line_num}"
             if not any(cell.strip() for cell in cells):
                 continue
             if len(cells) != len(head):
@@ -119,7 +121,7 @@ def _csv_rows(path: Path) -> list[Row]:
             images = {name: own[name.lower()] for name in head if name and name.lower() not in OWN}
             rows.append(Row(where, own["case"], own.get("patient", ""), images, own.get("label", "")))
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}; mend the line") from None
+        raise UserError(f"{path}, line {before + reader.line_num}: {error}; mend the line") from None
     return rows
 
 

@@ -351,12 +351,13 @@ def copies(
     raw: Float[np.ndarray, "m *s"], present: Bool[np.ndarray, " m"], body: Bool[np.ndarray, "*s"], names: Sequence[str]
 ) -> list[str]:
     """A line for every two scans that are one and the same up to scale and rounding: one took the other's place."""
-    found = []
-    for a, b in itertools.combinations(np.flatnonzero(present).tolist(), 2):
-        one, other = raw[a][body].astype(np.float64), raw[b][body].astype(np.float64)
-        if one.std() and other.std() and np.corrcoef(one, other)[0, 1] > SAME:
-            found.append(f"{names[a]} and {names[b]} are the same scan voxel for voxel; one took the other's place")
-    return found
+    there = np.flatnonzero(present).tolist()
+    alike = np.atleast_2d(np.corrcoef(raw[there][:, body]))
+    return [
+        f"{names[there[i]]} and {names[there[j]]} are the same scan voxel for voxel; one took the other's place"
+        for i, j in itertools.combinations(range(len(there)), 2)
+        if alike[i, j] > SAME
+    ]
 
 
 def read_volume(

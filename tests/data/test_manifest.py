@@ -51,6 +51,7 @@ def test_without_a_patient_every_case_is_one(tmp_path):
         ("case,T1,label\na,1.nii.gz,gone.nii.gz\n", r"line 2: label of case a: .*gone\.nii\.gz"),
         ("case,T1\na,1.nii.gz,more\n", "line 2: has 3 cells, the first line 2"),
         ("case,T1,label\na,1.nii.gz\n", "line 2: has 2 cells, the first line 3"),
+        ("\nsep=,\ncase,T1\na,1.nii.gz\na,1.nii.gz\n", "line 5: a second case a"),
         ("case,T1,label,label2\na,1.nii.gz,,\n", "column label2: several labels of a case are not read yet"),
         ("case,T1,\na,1.nii.gz,more\n", "line 2: more stands in a column without a name"),
         ('case,T1\na,"1.nii.gz\n' + 100 * "b,2.nii.gz\n", r"T1 of case a: 1\.nii\.gz\.\.\.: no such file"),
