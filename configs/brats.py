@@ -7,6 +7,10 @@
 Time: the demo about 6 minutes on two CPU cores, compilation included; the full setting was not run here. Scores: the
 demo prints its validation Dice; that of the full setting is not known.
 
+By registration, on the terms of these pages: 2020 https://www.med.upenn.edu/cbica/brats2020/data.html, 2021
+https://www.cancerimagingarchive.net/analysis-result/rsna-asnr-miccai-brats-2021, 2023
+https://www.synapse.org/Synapse:syn51156910, 2024 the challenge's own page at synapse.org.
+
 The folder holds one folder a case, BraTS 2020 / 2021 (NAME_t1.nii.gz ...) or 2023 / 2024 (NAME-t1n.nii.gz ...) names.
 gli2024 has the labels of BraTS 2024 GLI (de Verdier et al. 2024, arXiv 2405.18368), the resection cavity RC among them,
 and that challenge's regions (TC and WT as in earlier years, not checked against its code); time points of a patient
@@ -28,7 +32,7 @@ def get_config(arg: str = "") -> Any:
     config.name = "brats" + (f"_{arg}" if arg else "")
     config.data.update(
         layout="brats",
-        source="https://www.synapse.org/brats",
+        source="https://www.synapse.org/Synapse:syn51156910",
         modalities=("T1", "T1ce", "T2", "FLAIR"),
         reference="T1ce",
         classes=("background", "NCR", "ED", "ET"),

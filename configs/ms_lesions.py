@@ -1,11 +1,13 @@
 """Multiple sclerosis: white-matter lesions on T1, T1 after contrast, T2 and FLAIR, listed in a manifest.
 
-    python -m entrust_jax.manifest --dir=FOLDER T1={case}/T1.nii.gz T1POST={case}/T1POST.nii.gz T2={case}/T2.nii.gz \\
-      FLAIR={case}/FLAIR.nii.gz label={case}/lesion.nii.gz
+    python -m entrust_jax.manifest --dir=FOLDER T1={case}/T1W.nii.gz T1POST={case}/T1WKS.nii.gz T2={case}/T2W.nii.gz \\
+      FLAIR={case}/FLAIR.nii.gz label={case}/consensus_gt.nii.gz
     python -m entrust_jax.train --config=configs/ms_lesions.py --config.data.dir=FOLDER
 
-The patterns are for files of these names; write those of your copy. 30 patients, consensus of three raters (Lesjak et
-al. 2017, doi 10.1007/s12021-017-9348-7), CC BY; the download page is named in the paper. Time and score: not run here.
+30 patients, consensus of three raters (Lesjak et al. 2017, doi 10.1007/s12021-017-9348-7), CC BY:
+https://lit.fe.uni-lj.si/en/research/resources/3D-MR-MS; the patterns are for the names in a copy by patient
+(cross_sectional/raw of open_ms_data on GitHub, muschellij2); write those of yours. Time and score: docs/data-sets.md,
+on two patients; the whole set was not run here.
 """
 
 from typing import Any

@@ -147,19 +147,19 @@ def plan(config: Any, slices: int) -> dict[str, Any]:
 
     devices, network = mesh.data_mesh(), api.network_of(config)
     stages = train.plan_stages(config, network)
-    steps = {stage.name: train.compile_step(config, network, stage, devices) for stage in stages}
-    train.print_plan(config, stages, steps, devices, cli.default_workdir(config))
+    programs = {stage.name: train.compile_stage(config, network, stage, devices) for stage in stages}
+    train.print_plan(config, stages, programs, devices, cli.default_workdir(config))
     size = mesh.round_to_devices(config.train.batch, devices)
     for stage in stages:
-        minutes = slices / size * steps[stage.name].step_seconds / 60
+        minutes = slices / size * programs[stage.name].step_seconds / 60
         passes = stage.steps * size / max(slices, 1)
         print(f"  {stage.name}: an epoch of {slices} slices takes {minutes:.1f} min; the plan is {passes:.1f} epochs")
     return {
         stage.name: {
             "steps": stage.steps,
-            "seconds_per_step": steps[stage.name].step_seconds,
-            "compile_seconds": steps[stage.name].compile_seconds,
-            "megabytes_per_device": steps[stage.name].memory_mb,
+            "seconds_per_step": programs[stage.name].step_seconds,
+            "compile_seconds": programs[stage.name].compile_seconds,
+            "megabytes_per_device": programs[stage.name].memory_mb,
         }
         for stage in stages
     }

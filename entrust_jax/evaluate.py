@@ -395,9 +395,7 @@ def check_output(output: Path) -> None:
     if not output.is_dir():
         raise UserError(f"--output={output} is a file: name a folder")
     if foreign := sorted(set(_names(output)) - set(_own(output))):
-        raise UserError(
-            f"--output={output} holds other files ({foreign[0]}), which would be lost: name another folder"
-        )
+        raise UserError(f"--output={output} holds other files ({foreign[0]}), which would be lost: name another folder")
 
 
 def _names(folder: Path) -> list[str]:

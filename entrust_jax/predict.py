@@ -24,9 +24,7 @@ def define_flags() -> None:
     """The command line of this entry point."""
     flags.DEFINE_string("workdir", None, "Working folder of a trained model.")
     flags.DEFINE_string("output", None, "Folder for the results; an earlier prediction there is replaced.")
-    flags.DEFINE_string(
-        "case", None, "Folder of one case in BraTS naming, instead of MODALITY=FILE arguments."
-    )
+    flags.DEFINE_string("case", None, "Folder of one case in BraTS naming, instead of MODALITY=FILE arguments.")
     flags.DEFINE_bool("hypotheses", False, "Write hypotheses.nii.gz, every plausible segmentation, as well.")
 
 
@@ -96,16 +94,12 @@ def parse_files(arguments: Sequence[str], case: str | None) -> dict[str, Path]:
     """
     if case is not None:
         if arguments:
-            raise UserError(
-                f"{arguments[0]}: goes not together with --case; give either a folder or single files"
-            )
+            raise UserError(f"{arguments[0]}: goes not together with --case; give either a folder or single files")
         if not Path(case).is_dir():
             raise UserError(f"--case={case}: no such folder; give the folder of one case")
         return {}
     if not arguments:
-        raise UserError(
-            "no scan given; add MODALITY=FILE arguments such as FLAIR=flair.nii.gz, or --case=FOLDER"
-        )
+        raise UserError("no scan given; add MODALITY=FILE arguments such as FLAIR=flair.nii.gz, or --case=FOLDER")
     files: dict[str, Path] = {}
     for argument in arguments:
         name, equals, file = argument.partition("=")

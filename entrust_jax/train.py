@@ -28,7 +28,7 @@ from entrust_jax.data import augment, dataset, intensity, layouts, pipeline, pre
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.report import output
-from entrust_jax.runtime import checkpoint, logs, mesh
+from entrust_jax.runtime import aside, checkpoint, logs, mesh
 from entrust_jax.runtime.state import TrainState, create, ema_decay, update_ema
 from entrust_jax.segdiff.objective import bin_levels
 from entrust_jax.trustmap import calibration, case
@@ -40,6 +40,7 @@ NETWORK_STAGES = {"entrust": ("enfuse", "segdiff"), "unet": ("unet",), "deep_ens
 SLOW = 0.1  # learning rate of EnFuse relative to SegDiff in stage 2a
 KAPPA_ALARM = 0.5  # mean conflict on training cases, relative to validation, below which overfitting has eaten it
 MAX_BAD_STEPS = 20  # consecutive steps without a finite gradient before the run gives up
+WORTH_A_PROCESS = 100  # steps from which on a process of its own for compiling is saved again
 CHECKPOINT_SECONDS = 120  # the most work that a killed run repeats
 
 
@@ -75,8 +76,8 @@ def run(config: Any, workdir: Path, network: Any, stages: list[Stage]) -> None:
     """Trains a network in these stages, from where the working folder stands to its end."""
     dataset.check(config.data, workdir / "splits.json")
     devices = mesh.data_mesh()
-    steps = {stage.name: compile_step(config, network, stage, devices) for stage in stages}
-    print_plan(config, stages, steps, devices, workdir)
+    programs = {stage.name: compile_stage(config, network, stage, devices) for stage in stages}
+    print_plan(config, stages, programs, devices, workdir)
 
     parts, volumes, warnings = read_data(config, workdir)
     claim(workdir, config)
@@ -85,7 +86,7 @@ def run(config: Any, workdir: Path, network: Any, stages: list[Stage]) -> None:
         example = dataset.export_example(config.data, workdir / "example", parts["test"][0], config.seed)
         print(f"example case, as NIfTI files: {example}", flush=True)
 
-    train_network(config, workdir, network, stages, steps, volumes, devices)
+    train_network(config, workdir, stages, programs, volumes, devices)
     params = best_params(config, workdir, devices)
     tau = threshold(config, network, params, volumes["val"], devices)
     calibrate(config, workdir, network, params, tau, volumes["calibration"], devices)
@@ -247,9 +248,10 @@ def train_step(
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A stage's step, compiled for the mesh: shapes, cost and the call itself."""
+    """A stage's programs, compiled for the mesh: the step, the validation of a batch, shapes and cost."""
 
     call: Callable[..., tuple[TrainState, dict[str, Array]]]
+    validate: Callable[..., Any]
     abstract: TrainState
     compile_seconds: float
     step_seconds: float
@@ -261,29 +263,47 @@ def members(config: Any) -> int:
     return 1 if config.method == "entrust" else unet.members(config)
 
 
-def compile_step(config: Any, network: Any, stage: Stage, devices: Any) -> Compiled:
-    """Compiles a stage's step from shapes alone and times two steps on an empty batch."""
-    tx = optimiser(config, stage)
-    step = functools.partial(train_step, loss=stage.loss, tx=tx, decay=config.train.ema)
+def step_shapes(config: Any, stage: Stage, devices: Any) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    """The state and the batch of a stage's step, as shapes on the mesh."""
     whole, split = mesh.replicated(devices), mesh.batch_sharding(devices)
-    abstract = jax.eval_shape(lambda: initial_state(config, tx))
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), abstract)
-    size = mesh.round_to_devices(config.train.batch, devices)
-    batch = api.example_batch(config, size)
+    state = jax.eval_shape(lambda: initial_state(config, optimiser(config, stage)))
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
+    batch = api.example_batch(config, mesh.round_to_devices(config.train.batch, devices))
+    if config.method != "entrust":
+        n = members(config)
+        split = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(None, *split.spec))
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), batch)
+    return state, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
+
+
+def lower_stage(config: Any, network: Any, stage: Stage, devices: int) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+    """A stage's step and its validation on the first `devices` devices, traced from shapes alone."""
+    on = mesh.data_mesh(jax.devices()[:devices])
+    step = functools.partial(train_step, loss=stage.loss, tx=optimiser(config, stage), decay=config.train.ema)
     if config.method != "entrust":
         step = unet.over_members(step)
-        n = members(config)
-        spec = jax.sharding.PartitionSpec(None, *split.spec)
-        split = jax.sharding.NamedSharding(devices, spec)
-        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), batch)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
-    key = step_key(config, stage)
+    state, batch = step_shapes(config, stage, on)
+    lowered = jax.jit(step, donate_argnums=0, out_shardings=mesh.replicated(on)).lower(
+        state, batch, step_key(config, stage)
+    )
+    one = api.example_batch(config, mesh.round_to_devices(config.train.batch, on))
+    split = mesh.batch_sharding(on)
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), one)
+    validation = functools.partial(validate_batch, config, network, stage)
+    return lowered, jax.jit(validation, out_shardings=mesh.replicated(on)).lower(state.ema, one)
+
+
+def compile_stage(config: Any, network: Any, stage: Stage, devices: Any) -> Compiled:
+    """Compiles a stage's step and validation, and times two steps on an empty batch."""
     began = time.perf_counter()
-    call = jax.jit(step, donate_argnums=0, out_shardings=whole).lower(abstract, batch, key).compile()
+    programs = lower_stage, config, network, stage, devices.size
+    call, validate = aside.compiled(*programs, child=stage.steps >= WORTH_A_PROCESS)
     compile_seconds = time.perf_counter() - began
 
+    abstract, batch = step_shapes(config, stage, devices)
     empty = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), batch)
-    state = jax.jit(lambda: initial_state(config, tx), out_shardings=whole)()
+    whole, key = mesh.replicated(devices), step_key(config, stage)
+    state = jax.jit(lambda: initial_state(config, optimiser(config, stage)), out_shardings=whole)()
     times = []
     for _ in range(3):  # the first one also faults memory in
         began = time.perf_counter()
@@ -293,7 +313,7 @@ def compile_step(config: Any, network: Any, stage: Stage, devices: Any) -> Compi
     step_seconds = min(times)
     memory = call.memory_analysis()
     used = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
-    return Compiled(call, abstract, compile_seconds, step_seconds, used / 2**20)
+    return Compiled(call, validate, abstract, compile_seconds, step_seconds, used / 2**20)
 
 
 def initial_state(config: Any, tx: optax.GradientTransformation) -> TrainState:
@@ -308,7 +328,7 @@ def step_key(config: Any, stage: Stage) -> Array:
     return key if config.method == "entrust" else jax.random.split(key, members(config))
 
 
-def print_plan(config: Any, stages: list[Stage], steps: dict[str, Compiled], devices: Any, workdir: Path) -> None:
+def print_plan(config: Any, stages: list[Stage], programs: dict[str, Compiled], devices: Any, workdir: Path) -> None:
     """Shapes, memory and minutes, before data is touched."""
     data = config.data
     size = mesh.round_to_devices(config.train.batch, devices)
@@ -319,7 +339,7 @@ def print_plan(config: Any, stages: list[Stage], steps: dict[str, Compiled], dev
     )
     total = 0.0
     for stage in stages:
-        s = steps[stage.name]
+        s = programs[stage.name]
         count = sum(x.size for x in jax.tree.leaves(s.abstract.params))
         minutes = stage.steps * s.step_seconds / 60
         total += minutes
@@ -333,9 +353,7 @@ def print_plan(config: Any, stages: list[Stage], steps: dict[str, Compiled], dev
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def read_data(
-    config: Any, workdir: Path
-) -> tuple[dict[str, list[str]], dict[str, list[Volume]], dict[str, list[str]]]:
+def read_data(config: Any, workdir: Path) -> tuple[dict[str, list[str]], dict[str, list[Volume]], dict[str, list[str]]]:
     """The split, the volumes of its parts, and what was wrong with any of them.
 
     A new split that cannot be read is not kept: the mend may change it.
@@ -378,9 +396,8 @@ def read_part(
 def train_network(
     config: Any,
     workdir: Path,
-    network: Any,
     stages: list[Stage],
-    steps: dict[str, Compiled],
+    programs: dict[str, Compiled],
     volumes: dict[str, list[Volume]],
     devices: Any,
 ) -> None:
@@ -397,7 +414,7 @@ def train_network(
             if meta["stage"] == "done":
                 return
             stage = next(s for s in stages if s.name == meta["stage"])
-            restored = checkpoint.restore_last(last, steps[stage.name].abstract)
+            restored = checkpoint.restore_last(last, programs[stage.name].abstract)
             assert restored is not None
             state = restored[0]
             print(f"resumed at step {meta['step']} ({stage.name})", flush=True)
@@ -409,10 +426,10 @@ def train_network(
         index = stages.index(stage)
         for stage, following in zip(stages[index:], [*stages[index + 1 :], None], strict=True):
             state = run_stage(
-                config, workdir, network, stage, steps[stage.name], state, volumes, devices, last, best, should_stop
+                config, workdir, stage, programs[stage.name], state, volumes, devices, last, best, should_stop
             )
             # The next stage starts from the best of this one. Its first state is saved before it can have a best.
-            restored = checkpoint.restore_best(best, steps[stage.name].abstract.params)
+            restored = checkpoint.restore_best(best, programs[stage.name].abstract.params)
             params = restored[0] if restored else state.ema
             end = stage.begin + stage.steps
             if following is None:
@@ -434,9 +451,8 @@ def start_from(config: Any, stage: Stage, params: Any, devices: Any) -> TrainSta
 def run_stage(
     config: Any,
     workdir: Path,
-    network: Any,
     stage: Stage,
-    step: Compiled,
+    programs: Compiled,
     state: TrainState,
     volumes: dict[str, list[Volume]],
     devices: Any,
@@ -464,7 +480,7 @@ def run_stage(
     with logs.progress(stage.name, stage.steps, done) as show:
         for i in range(done, stage.steps):
             batch = next(batches)
-            state, figures = step.call(state, place(config, batch, n, devices), key)
+            state, figures = programs.call(state, place(config, batch, n, devices), key)
             finite = bool(np.all(np.asarray(figures.pop("finite"))))
             bad = 0 if finite else bad + 1
             if not finite:
@@ -480,7 +496,7 @@ def run_stage(
             if evaluate or now % t.log_every == 0:
                 row = {"step": stage.begin + now, "stage": stage.name} | summarise(figures, config)
                 if evaluate:
-                    row |= validate(config, network, stage, state.ema, validation)
+                    row |= validate(stage, programs, state.ema, validation)
                     warn_of_lost_conflict([*logs.read_rows(rows), row], stage, t.eval_every)
                     keep_best(best, stage, stage.begin + now, state.ema, row["val/score"])
                 logs.append_row(rows, row)
@@ -559,39 +575,41 @@ def validation_batches(config: Any, volumes: list[Volume], size: int, devices: A
     return [mesh.shard_batch(pipeline.batch_at(data, i), devices) for i in range(count)]
 
 
-@functools.partial(jax.jit, static_argnames="network")
-def _validate_entrust(network: Any, params: Any, batch: Batch, levels: Array, key: Array):
-    return entrust.validate(network, params, batch, levels, key)
+def levels_of(config: Any, stage: Stage) -> Array:
+    """The levels of log SNR at which EnTrust is validated: the first alone while the denoiser is not trained yet."""
+    levels = bin_levels(config.diffusion.lambda_min, config.diffusion.lambda_max)
+    return levels[:1] if stage.name == "enfuse" else levels
 
 
-@functools.partial(jax.jit, static_argnames="network")
-def _validate_unet(network: Any, params: Any, batch: Batch):
-    return unet.over_members(lambda p: unet.validate(network, p, batch))(params)
+def validate_batch(config: Any, network: Any, stage: Stage, params: Any, batch: Batch) -> Any:
+    """What `validate` averages, of one batch: cross-entropy by level, of the modality heads, and kappa; of U-Nets, by
+
+    member, the cross-entropy.
+    """
+    if stage.name == "unet":
+        return unet.over_members(lambda p: unet.validate(network, p, batch))(params)
+    return entrust.validate(network, params, batch, levels_of(config, stage), jax.random.key(config.seed))
 
 
-def validate(config: Any, network: Any, stage: Stage, ema: Any, batches: list[Batch]) -> dict[str, float]:
+def validate(stage: Stage, programs: Compiled, ema: Any, batches: list[Batch]) -> dict[str, float]:
     """Validation figures of EMA parameters. `val/score` is what `best` goes by: CE of the unimodal heads in stage 1,
 
     of the denoiser at lambda_min in stage 2a, of the (mean) member for U-Nets.
     """
     weight = np.concatenate([np.asarray(b["weight"] * b["valid"]) for b in batches])
+    found = [jax.tree.map(np.asarray, programs.validate(ema, batch)) for batch in batches]
 
     def mean(parts):
         return float(np.sum(weight * np.concatenate(parts)) / np.sum(weight))
 
     if stage.name == "unet":
-        score = mean([np.asarray(_validate_unet(network, ema, b)).mean(axis=0) for b in batches])
+        score = mean([by_member.mean(axis=0) for by_member in found])
         return {"val/ce": score, "val/score": score}
-    low, high = config.diffusion.lambda_min, config.diffusion.lambda_max
-    levels = bin_levels(low, high)
-    if stage.name == "enfuse":
-        levels = levels[:1]  # the denoiser is not trained yet
-    key = jax.random.key(config.seed)
-    found = [jax.tree.map(np.asarray, _validate_entrust(network, ema, b, levels, key)) for b in batches]
     row = {"val/unimodal": mean([u for _, u, _ in found]), "val/kappa": mean([k for _, _, k in found])}
     if stage.name == "enfuse":
         return row | {"val/score": row["val/unimodal"]}
-    per_level = {f"val/ce_bin_{i}": mean([ce[i] for ce, _, _ in found]) for i in range(len(levels))}
+    levels = len(found[0][0])
+    per_level = {f"val/ce_bin_{i}": mean([ce[i] for ce, _, _ in found]) for i in range(levels)}
     return row | per_level | {"val/score": per_level["val/ce_bin_0"]}
 
 
@@ -720,5 +738,7 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    cli.run(main, required=["config"])
+    from entrust_jax import train  # under its own name, by which a process that compiles finds its functions
+
+    train.define_flags()
+    cli.run(train.main, required=["config"])

@@ -64,9 +64,7 @@ def call(tmp_path_factory, repository):
     (folder / "config.py").write_text(CONFIG)
 
     def run(*arguments, **environment):
-        inherited = {
-            k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")
-        }
+        inherited = {k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")}
         return subprocess.run(
             [sys.executable, "program.py", *arguments],
             cwd=folder,

@@ -95,10 +95,7 @@ def offences(name: str, found: set[str]) -> list[str]:
             wrong.append(f"{name} is no command and imports {imported}")
         if within(imported, ("orbax",)) and name != "runtime.checkpoint":
             wrong.append(f"{name} imports {imported}: only runtime.checkpoint may")
-        if (
-            within(imported, tuple(f"entrust_jax.{entry}" for entry in ENTRY_POINTS))
-            and name not in COMMANDS | SUITES
-        ):
+        if within(imported, tuple(f"entrust_jax.{entry}" for entry in ENTRY_POINTS)) and name not in COMMANDS | SUITES:
             wrong.append(f"{name} is no command and imports an entry point, {imported}")
     return wrong
 

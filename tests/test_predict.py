@@ -66,9 +66,7 @@ def test_what_is_lost_is_said():
     assert len(predict.losses(("T1", "FLAIR"), modalities, "FLAIR")) == 1
     assert predict.losses(("CT",), ("CT",), "CT") == ["With CT alone no conflict between scans can be seen."]
     missing, geometry, alone = predict.losses(("T1ce",), modalities, "FLAIR")
-    assert (
-        missing.startswith("T1, FLAIR are missing") and "geometry of T1ce" in geometry and "conflict" in alone
-    )
+    assert missing.startswith("T1, FLAIR are missing") and "geometry of T1ce" in geometry and "conflict" in alone
 
 
 def test_a_usage_error_is_one_line_and_exit_code_2(tmp_path):

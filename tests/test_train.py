@@ -68,7 +68,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def run(config):
-    """All that run_stage needs, compiled once: an object with stage, step, network, volumes and devices."""
+    """All that run_stage needs, compiled once: an object with stage, programs, network, volumes and devices."""
     devices, network = mesh.data_mesh(), api.network_of(config)
     (stage,) = train.plan_stages(config, network)
     spec = dataset.phantom_spec(config.data)
@@ -77,7 +77,7 @@ def run(config):
         devices=devices,
         network=network,
         stage=stage,
-        step=train.compile_step(config, network, stage, devices),
+        programs=train.compile_stage(config, network, stage, devices),
         volumes={part: dataset.phantom.volumes(spec, which, 0) for part, which in numbers.items()},
     )
 
@@ -94,7 +94,7 @@ def go(config, run, workdir, start, volumes=None, should_stop=lambda step: False
         contextlib.closing(checkpoint.open_manager(workdir / "best")) as best,
     ):
         return train.run_stage(
-            config, workdir, run.network, run.stage, run.step, start, volumes or run.volumes, run.devices,
+            config, workdir, run.stage, run.programs, start, volumes or run.volumes, run.devices,
             last, best, should_stop,
         )  # fmt: skip
 
@@ -124,7 +124,7 @@ def test_an_infinite_scan_skips_its_steps_and_is_named(config, run, tmp_path, ca
             expected = expected.replace(step=expected.step + 1)
         else:
             placed = train.place(config, batch, 1, run.devices)
-            expected, _ = run.step.call(expected, placed, train.step_key(config, run.stage))
+            expected, _ = run.programs.call(expected, placed, train.step_key(config, run.stage))
     assert 0 < len(skipped) < run.stage.steps  # the seed shows both
     for ours, theirs in zip(jax.tree.leaves(final), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -154,7 +154,7 @@ def test_a_stage_that_is_stopped_goes_on_to_the_same_bits(config, run, tmp_path,
     assert left.value.code == cli.TERMINATED
     assert "stopped at step 3 and saved; run the same command to go on" in capsys.readouterr().err
     with contextlib.closing(checkpoint.open_manager(tmp_path / "parts" / "last")) as last:
-        restored, meta = checkpoint.restore_last(last, run.step.abstract)
+        restored, meta = checkpoint.restore_last(last, run.programs.abstract)
     assert meta == {"stage": "unet", "step": 3}
     parts = go(config, run, tmp_path / "parts", restored)
     for ours, theirs in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
@@ -179,10 +179,10 @@ def test_a_stop_at_the_last_step_is_left_to_the_end_of_the_stage(config, run, tm
 
 def network_run(config, run, workdir):
     train.train_network(
-        config, workdir, run.network, [run.stage], {run.stage.name: run.step}, run.volumes, run.devices
+        config, workdir, [run.stage], {run.stage.name: run.programs}, run.volumes, run.devices
     )  # fmt: skip
     with contextlib.closing(checkpoint.open_manager(workdir / "checkpoints" / "last")) as last:
-        return checkpoint.restore_last(last, run.step.abstract)
+        return checkpoint.restore_last(last, run.programs.abstract)
 
 
 def test_a_run_that_lost_its_last_checkpoint_starts_over(config, run, tmp_path):
@@ -306,7 +306,7 @@ def test_a_phantom_needs_cases_in_every_part(config, cases):
 @pytest.mark.parametrize("folder", ["", "nowhere"])
 @pytest.mark.parametrize(
     ("module", "source", "layout"),
-    [(brats, "synapse.org/brats", "NAME_flair.nii.gz"), (glioma, "Cancer Imaging Archive", "imagesTr/")],
+    [(brats, "synapse.org/Synapse", "NAME_flair.nii.gz"), (glioma, "Cancer Imaging Archive", "imagesTr/")],
 )
 def test_without_data_one_line_says_where_it_is_and_what_goes_without(module, source, layout, folder):
     data = module.get_config().data

@@ -69,9 +69,7 @@ def make_table(volumes: Sequence[Volume], patch: Sequence[int]) -> Table:
         if len(foreground) > starts[-1]:
             starts.append(len(foreground))
     if not rows:
-        raise UserError(
-            "no training slice with a body; give config.data.dir a set with at least one readable case"
-        )
+        raise UserError("no training slice with a body; give config.data.dir a set with at least one readable case")
     index = np.array(rows)
     box = np.array(boxes)
     return Table(
@@ -128,9 +126,7 @@ def holders(
     return np.maximum(low, pixels - np.array(patch) + 1), np.minimum(high, pixels)
 
 
-def fit(
-    array: np.ndarray, corner: Int[np.ndarray, " 2"], patch: Sequence[int], axis: int, fill: int
-) -> np.ndarray:
+def fit(array: np.ndarray, corner: Int[np.ndarray, " 2"], patch: Sequence[int], axis: int, fill: int) -> np.ndarray:
     """The patch of an array whose H and W are axes `axis` and `axis + 1`; filled up where too small."""
     for k, (start, size) in enumerate(zip(corner, patch, strict=True)):
         at = axis + k
@@ -251,9 +247,7 @@ def training_dataset(
     Raises UserError when there is nothing to draw from or the share is not in [0, 1).
     """
     if not 0 <= foreground_share < 1:
-        raise UserError(
-            f"config.data.foreground_share is {foreground_share}; set it to 0 or more and below 1"
-        )
+        raise UserError(f"config.data.foreground_share is {foreground_share}; set it to 0 or more and below 1")
     table = make_table(volumes, patch)
     share = foreground_share if len(table.foreground) else 0.0
     make = functools.partial(example, table=table, seed=seed, share=share, augment=augment)

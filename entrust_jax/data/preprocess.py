@@ -157,13 +157,9 @@ def load_scan(path: Path) -> tuple[Grid, np.ndarray]:
         if is_dicom(path):
             raise dicom_mistake(path) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: unreadable or truncated ({reason}); copy or download the file again"
-        ) from None
+        raise UserError(f"{path}: unreadable or truncated ({reason}); copy or download the file again") from None
     if values.dtype.kind not in "buif":
-        raise UserError(
-            f"{path}: holds {values.dtype}, not one number per voxel; convert it to a scalar scan"
-        )
+        raise UserError(f"{path}: holds {values.dtype}, not one number per voxel; convert it to a scalar scan")
     if 0 in values.shape:
         raise UserError(f"{path}: has an empty axis (shape {values.shape}); export the scan again")
     if values.ndim > 3 and all(size == 1 for size in values.shape[3:]):
@@ -277,9 +273,7 @@ def read_label(
         label, covered = resample(label, own, grid, order=0)
         if not covered.all():
             label = np.where(covered, label, IGNORED)
-            warnings.append(
-                f"{path}: covers only {covered.mean():.0%} of {grid.path}; the rest counts as unlabelled"
-            )
+            warnings.append(f"{path}: covers only {covered.mean():.0%} of {grid.path}; the rest counts as unlabelled")
     return label.astype(np.int32), warnings
 
 
@@ -436,9 +430,7 @@ def read_volumes(
     label_map = tuple(label_map)
     for case in cases:
         if case.label is None:
-            problems.append(
-                f"{next(iter(case.images.values()))}: case {case.name} has no label file and is left out"
-            )
+            problems.append(f"{next(iter(case.images.values()))}: case {case.name} has no label file and is left out")
             continue
         try:
             volume = read_volume(
@@ -460,9 +452,7 @@ def read_volumes(
     return volumes, problems
 
 
-def write_map(
-    path: Path, array: np.ndarray, reference: Path, dtype: Any, *, channel_axis: int | None = None
-) -> None:
+def write_map(path: Path, array: np.ndarray, reference: Path, dtype: Any, *, channel_axis: int | None = None) -> None:
     """Writes a canonical map [D, H, W] as NIfTI in the reference scan's own geometry, whole or not at all.
 
     array: [D, H, W], or with channels first (channel_axis=0) or last (channel_axis=-1); they become the

@@ -51,14 +51,10 @@ def draw(
         try:
             pattern = re.compile(test_pattern)
         except re.error as error:
-            raise UserError(
-                f"config.data.split.test_pattern {test_pattern!r}: {error}; mend the pattern"
-            ) from None
+            raise UserError(f"config.data.split.test_pattern {test_pattern!r}: {error}; mend the pattern") from None
         test = [patient for patient, names in patients.items() if any(map(pattern.search, names))]
         if not test:
-            raise UserError(
-                f"config.data.split.test_pattern {test_pattern!r} matches no case name; mend the pattern"
-            )
+            raise UserError(f"config.data.split.test_pattern {test_pattern!r} matches no case name; mend the pattern")
     else:
         if not 0 <= fold < folds:
             raise UserError(

@@ -63,9 +63,7 @@ def entropy(p: Float[Array, "*a k"]) -> Float[Array, "*a"]:
     return -jnp.sum(p * jnp.log(jnp.maximum(p, FLOOR)), axis=-1)
 
 
-def jensen_shannon(
-    posterior: Float[Array, "b m *s k"], availability: Float[Array, "b m *s"]
-) -> Float[Array, "b *s"]:
+def jensen_shannon(posterior: Float[Array, "b m *s k"], availability: Float[Array, "b m *s"]) -> Float[Array, "b *s"]:
     """H(mean_m p_m) - mean_m H(p_m) over the available modalities, in bits.
 
     An auxiliary channel, never the conflict map: it also fires where one modality merely knows nothing.

@@ -170,9 +170,7 @@ class Encoder(nn.Module):
                 dropped = nn.Dropout(self.head_dropout, deterministic=not train)(c_s)
                 head = Conv(k * copies, 1, use_bias=False, name="unimodal")(dropped)
                 a_m = self.param("unimodal_bias", _per_modality(background_bias(k)), (m, k))
-                logits = depth_to_space(head, f).reshape(b, m, *space, k) + a_m.reshape(
-                    1, m, *(1,) * len(space), k
-                )
+                logits = depth_to_space(head, f).reshape(b, m, *space, k) + a_m.reshape(1, m, *(1,) * len(space), k)
             uncertainty = jax.lax.stop_gradient(conflict.entropy(jax.nn.softmax(logits, axis=-1)))
             uncertainty = pool(uncertainty.reshape(b * m, *space, 1), f * 2**s)
             hidden = Conv(16, 1, name=f"reliability_{s}_features")(h)

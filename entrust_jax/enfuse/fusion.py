@@ -69,10 +69,10 @@ class Fusion(nn.Module):
         conflict_scale: Float[Array, " b"] | None = None,
     ) -> Fused:
         """Args:
-          availability: mu in [0, 1], by voxel (silencing a region of one modality is a local subset); outside the body
-            no modality has anything to say.
-          rho: opens the conflict gate everywhere early in training, so that psi gets gradients; 0 afterwards.
-          conflict_scale: factor on F_cf per case (0 removes the conflict pathway).
+        availability: mu in [0, 1], by voxel (silencing a region of one modality is a local subset); outside the body
+          no modality has anything to say.
+        rho: opens the conflict gate everywhere early in training, so that psi gets gradients; 0 afterwards.
+        conflict_scale: factor on F_cf per case (0 removes the conflict pathway).
         """
         present = jnp.max(availability, axis=tuple(range(2, availability.ndim)))
         availability = availability * evidence.body[:, None]
@@ -80,9 +80,7 @@ class Fusion(nn.Module):
         s = conflict.support(posterior, base_rate(evidence.prior_logits))
         kappa_pairs, contested, kappa, js = self.opposition(posterior, s, availability)
         # Channel maps of q that exist at full resolution, pooled once a scale.
-        maps = jnp.concatenate(
-            [jnp.moveaxis(contested, -1, 1), kappa[:, None], js[:, None], kappa_pairs], axis=1
-        )
+        maps = jnp.concatenate([jnp.moveaxis(contested, -1, 1), kappa[:, None], js[:, None], kappa_pairs], axis=1)
         b, m = availability.shape[:2]
         F_c, F_u, F_cf = [], [], []
         weights = None
@@ -109,10 +107,7 @@ class Fusion(nn.Module):
         assert weights is not None
         weights = weights.reshape(b * m, *weights.shape[2:], 1)
         weights = upsample(weights, self.factor).reshape(availability.shape)
-        return Fused(
-            tuple(F_c), tuple(F_u), tuple(F_cf), weights, posterior, s, kappa, kappa_pairs, js, present
-        )
-
+        return Fused(tuple(F_c), tuple(F_u), tuple(F_cf), weights, posterior, s, kappa, kappa_pairs, js, present)
 
     def opposition(
         self,

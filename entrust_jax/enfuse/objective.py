@@ -20,9 +20,7 @@ PAIR_WEIGHTS = {"F_c,u": 1.0, "c,u": 1.0, "u,F_cf": 0.5, "F_c,F_cf": 0.25, "u,u"
 WEIGHTS = {"uni": 1.0, "con": 0.5, "align": 0.1, "xcov": 1.0, "var": 0.1, "rec": 0.1, "prior": 1.0}
 
 
-def xcov(
-    y: Float[Array, "n d"], z: Float[Array, "n e"], mask: Float[Array, " n"]
-) -> Float[Array, ""]:
+def xcov(y: Float[Array, "n d"], z: Float[Array, "n e"], mask: Float[Array, " n"]) -> Float[Array, ""]:
     """Mean squared correlation between the channels of y and of z over the samples with mask 1.
 
     l = 1/(d e) sum_ij C_ij^2 / (max(var y_i, 1e-4) max(var z_j, 1e-4)); two-pass centring. Gradients flow through the

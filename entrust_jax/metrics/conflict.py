@@ -39,9 +39,7 @@ class Alignment(NamedTuple):
         return self.profile.sum(axis=0)
 
 
-def strata(
-    entropy: Float[np.ndarray, " n"], distance: Float[np.ndarray, " n"]
-) -> Integer[np.ndarray, " n"]:
+def strata(entropy: Float[np.ndarray, " n"], distance: Float[np.ndarray, " n"]) -> Integer[np.ndarray, " n"]:
     """Stratum of each voxel: (entropy bin) x (distance bin). Entropy as a share of log K, distance in mm
     (inf allowed)."""
     rows = np.searchsorted(np.asarray(ENTROPY_EDGES), entropy, side="right")

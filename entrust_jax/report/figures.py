@@ -126,9 +126,7 @@ def zoomed(view: View, interest: np.ndarray, spacing: Sequence[float]) -> View:
     if share > ZOOM_BELOW:
         return view
     size = np.maximum(np.round(share * full).astype(int), 1)
-    start = np.clip((low + high - size) // 2, 0, full - size) + np.array(
-        [view.rows.start, view.columns.start]
-    )
+    start = np.clip((low + high - size) // 2, 0, full - size) + np.array([view.rows.start, view.columns.start])
     rows, columns = (slice(int(a), int(a + n)) for a, n in zip(start, size, strict=True))
     return View(rows, columns, (0.0, float(size[0] * spacing[1]), 0.0, float(size[1] * spacing[2])))
 
@@ -252,9 +250,7 @@ def make_panels(
     def show_result(axes: Axes, z: int, numbers: Sequence[int]) -> None:
         scan(axes, base, z, view)
         for index in range(1, len(classes)):
-            outline(
-                axes, prediction["label"][z] == index, view, CLASS_COLOURS[(index - 1) % len(CLASS_COLOURS)]
-            )
+            outline(axes, prediction["label"][z] == index, view, CLASS_COLOURS[(index - 1) % len(CLASS_COLOURS)])
         if not (prediction["label"][z] > 0).any():
             note(axes, "nothing found in this slice" if prediction["label"].any() else "nothing found")
         points = [position(places[n][1], places[n][2], view) for n in numbers]
@@ -280,9 +276,7 @@ def make_panels(
 
     def show_cause(axes: Axes) -> None:
         scan(axes, base, chosen, near, dim=0.55)
-        colours = [to_rgba("black", 0.0)] + [
-            to_rgba(CAUSE_KEY[name][1], 0.9) for name in explanation.CAUSES[1:]
-        ]
+        colours = [to_rgba("black", 0.0)] + [to_rgba(CAUSE_KEY[name][1], 0.9) for name in explanation.CAUSES[1:]]
         codes = radiological(prediction["cause"][chosen], near)
         axes.imshow(np.array(colours)[codes], extent=near.extent, interpolation="nearest")
         outline(axes, prediction["label"][chosen] > 0, near, "#FFFFFF", width=0.9, halo=False)
@@ -442,9 +436,7 @@ def outline(
     axes.contour(x, y, padded, levels=[0.5], colors=colour, linewidths=width, alpha=alpha)
 
 
-def number_marks(
-    axes: Axes, points: Sequence[tuple[float, float]], numbers: Sequence[int], view: View
-) -> None:
+def number_marks(axes: Axes, points: Sequence[tuple[float, float]], numbers: Sequence[int], view: View) -> None:
     """Numbered discs beside the points: each at that of sixteen places which is farthest from the others."""
     _, width, _, height = view.extent
     taken: list[tuple[float, float]] = []
@@ -454,9 +446,7 @@ def number_marks(
         others = np.array([p for p in points if p != (x, y)] + taken or [(width / 2, height / 2)])
         room = np.linalg.norm(around[:, None] - others[None], axis=-1).min(axis=1)
         margin = 0.07 * width
-        inside = (np.abs(around - (width / 2, height / 2)) < (width / 2 - margin, height / 2 - margin)).all(
-            axis=1
-        )
+        inside = (np.abs(around - (width / 2, height / 2)) < (width / 2 - margin, height / 2 - margin)).all(axis=1)
         spot = around[int(np.argmax(np.where(inside, room, -1.0)))]
         taken.append((float(spot[0]), float(spot[1])))
         axes.annotate(
@@ -538,9 +528,7 @@ def swatches(axes: Axes, entries: Sequence[tuple[str, str]], columns: int) -> No
                 linewidth=0.5,
             )
         )
-        axes.text(
-            column / columns + 0.19 / WIDTH, y, words, fontsize=9, va="center", color=INK, parse_math=False
-        )
+        axes.text(column / columns + 0.19 / WIDTH, y, words, fontsize=9, va="center", color=INK, parse_math=False)
 
 
 def class_columns(classes: Sequence[str]) -> int:
@@ -589,9 +577,7 @@ def result_lines(prediction: Mapping[str, Any]) -> list[Line]:
         lines.append(Line("Predicted Dice: not available", 11.0, step=0.24))
     else:
         lines.append(Line(f"Predicted Dice: {dice:.2f}", 11.5, "bold", step=0.22))
-        lines.append(
-            Line("expected overlap with an expert's outline; 1 is perfect", 9.5, colour=FAINT, step=0.3)
-        )
+        lines.append(Line("expected overlap with an expert's outline; 1 is perfect", 9.5, colour=FAINT, step=0.3))
     for name, measured in prediction["regions"].items():
         lines.append(Line(f"{name}: {millilitres(measured['volume_ml'])} ml", 11.5, "bold", step=0.21))
         interval = measured.get("interval")
@@ -616,9 +602,7 @@ def review_lines(records: Sequence[Mapping[str, Any]], total: int) -> list[Line]
     more = f" ({len(records)} of {total} regions; all are in report.json)" if total > len(records) else ""
     lines = [Line(f"Review first{more}", 13.0, "bold", step=0.32)]
     for number, record in enumerate(records, start=1):
-        lines.append(
-            Line(explanation.sentence(dict(record)), 11.0, indent=0.34, step=0.205, badge=str(number))
-        )
+        lines.append(Line(explanation.sentence(dict(record)), 11.0, indent=0.34, step=0.205, badge=str(number)))
     return lines
 
 

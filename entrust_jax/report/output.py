@@ -62,9 +62,7 @@ def whole_folder(output: Path, check: Callable[[Path], None]) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
     except OSError as error:
-        raise UserError(
-            f"{output}: cannot be made ({error.strerror}); name a folder that you may write to"
-        ) from None
+        raise UserError(f"{output}: cannot be made ({error.strerror}); name a folder that you may write to") from None
     old = part.with_suffix(".old")
     try:
         yield part
@@ -161,17 +159,13 @@ def write_prediction(
     """
     scan = volume.reference
     if scan is None:
-        raise UserError(
-            f"{volume.name}: has no scan file whose geometry the maps could take; predict from NIfTI files"
-        )
+        raise UserError(f"{volume.name}: has no scan file whose geometry the maps could take; predict from NIfTI files")
     values = label_values(label_map, len(classes))
     with whole_folder(output, check_output) as folder:
         files: dict[str, str] = {}
         absent: dict[str, str] = {}
 
-        def write(
-            stem: str, array: np.ndarray, dtype: Any, meaning: str, channel_axis: int | None = None
-        ) -> None:
+        def write(stem: str, array: np.ndarray, dtype: Any, meaning: str, channel_axis: int | None = None) -> None:
             files[f"{stem}.nii.gz"] = meaning
             write_map(folder / f"{stem}.nii.gz", array, scan, dtype, channel_axis=channel_axis)
 
@@ -214,9 +208,7 @@ def write_prediction(
                 absent["hypotheses.nii.gz"] = "written with --hypotheses only"
             else:
                 count = len(prediction["hypotheses"])
-                meaning = (
-                    f"{count} plausible segmentations along the fourth axis, label values as in label.nii.gz"
-                )
+                meaning = f"{count} plausible segmentations along the fourth axis, label values as in label.nii.gz"
                 write("hypotheses", values[prediction["hypotheses"]], values.dtype, meaning, 0)
             files[PICTURE] = "the result, its doubts and their reasons at a glance"
             figures.overview(
@@ -239,9 +231,7 @@ def write_prediction(
                 "versions": dict(versions),
                 "modalities": {
                     "present": [word for word, here in zip(modalities, volume.present, strict=True) if here],
-                    "missing": [
-                        word for word, here in zip(modalities, volume.present, strict=True) if not here
-                    ],
+                    "missing": [word for word, here in zip(modalities, volume.present, strict=True) if not here],
                     "geometry_from": scan.name,
                 },
                 "predicted_dice": prediction.get("predicted_dice"),
@@ -276,9 +266,7 @@ def write_prediction(
             text = json.dumps(plain(report), indent=2, ensure_ascii=False, allow_nan=False)
             (folder / REPORT).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError(
-                f"{output}: cannot be written ({error.strerror or error}); name another folder"
-            ) from error
+            raise UserError(f"{output}: cannot be written ({error.strerror or error}); name another folder") from error
 
 
 def why_absent(key: str, method: str) -> str:

@@ -48,9 +48,7 @@ def open_manager(folder: Path, *, keep: int = 1, read_only: bool = False) -> ocp
     return ocp.CheckpointManager(folder, options=options)
 
 
-def save_last(
-    manager: ocp.CheckpointManager, step: int, state: Any, meta: dict, *, wait: bool = True
-) -> None:
+def save_last(manager: ocp.CheckpointManager, step: int, state: Any, meta: dict, *, wait: bool = True) -> None:
     """Saves the whole training state, with `meta` (JSON), under `step`.
 
     Args:
@@ -155,18 +153,14 @@ def _restore(manager: ocp.CheckpointManager, item: str, abstract: Any) -> tuple[
         return None
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or first
-        ),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or first),
         abstract,
     )
     items = {item: ocp.args.StandardRestore(placed), "meta": ocp.args.JsonRestore()}
     try:
         with _patient_loops():
             restored = manager.restore(step, args=ocp.args.Composite(**items))
-    except (
-        Exception
-    ) as error:  # Orbax, tensorstore and json raise a dozen kinds for one fact: it cannot be read
+    except Exception as error:  # Orbax, tensorstore and json raise a dozen kinds for one fact: it cannot be read
         raise _damaged(manager, step, error) from error
     return restored[item], restored["meta"]
 

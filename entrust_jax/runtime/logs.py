@@ -117,12 +117,7 @@ def open_tensorboard(folder: Path, resume_step: int | None = None) -> SummaryWri
 def write_scalars(writer: SummaryWriter, step: int, scalars: Mapping[str, Any]) -> None:
     """Writes the finite numbers of `scalars` under `step`; other values (names, None) are passed over."""
     for name, value in scalars.items():
-        if (
-            isinstance(value, bool | str)
-            or value is None
-            or np.ndim(value)
-            or not math.isfinite(float(value))
-        ):
+        if isinstance(value, bool | str) or value is None or np.ndim(value) or not math.isfinite(float(value)):
             continue
         writer.add_scalar(name, float(value), step)
 

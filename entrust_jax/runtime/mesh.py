@@ -52,7 +52,4 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
                 f"batch[{key!r}] of shape {np.shape(value)} cannot be split over {local} devices: "
                 "pad the leading axis (round_to_devices)"
             )
-    return {
-        key: jax.make_array_from_process_local_data(sharding, np.asarray(value))
-        for key, value in batch.items()
-    }
+    return {key: jax.make_array_from_process_local_data(sharding, np.asarray(value)) for key, value in batch.items()}

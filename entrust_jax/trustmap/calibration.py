@@ -328,9 +328,7 @@ def _penalty(name: str, params: dict) -> Array:
         return 1e-6 * params["log_temperature"] ** 2
     if name == "vector":
         return 1e-4 * (jnp.sum((params["scale"] - 1) ** 2) + jnp.sum(params["bias"] ** 2))
-    return 1e-4 * (
-        jnp.sum((params["matrix"] - jnp.eye(len(params["bias"]))) ** 2) + jnp.sum(params["bias"] ** 2)
-    )
+    return 1e-4 * (jnp.sum((params["matrix"] - jnp.eye(len(params["bias"]))) ** 2) + jnp.sum(params["bias"] ** 2))
 
 
 @functools.partial(jax.jit, static_argnames="name")
@@ -536,9 +534,7 @@ def apply(
 
 def patient_nll(data: CalibrationSet, probability: Float[np.ndarray, "n h w k"]) -> dict[int, float]:
     """Weighted mean negative log-likelihood in nats of each patient that has a usable pixel."""
-    picked = np.take_along_axis(probability, np.maximum(data.label, 0)[..., None].astype(np.int64), -1)[
-        ..., 0
-    ]
+    picked = np.take_along_axis(probability, np.maximum(data.label, 0)[..., None].astype(np.int64), -1)[..., 0]
     cost = -np.log(np.maximum(picked, FLOOR))
     weight = np.where(data.label >= 0, data.weight, 0.0).astype(np.float64)
     result = {}

@@ -47,9 +47,7 @@ def cause(
     return np.where(body & (error_probability > ERROR_FLOOR), codes, NONE).astype(np.uint8)
 
 
-def _per_modality(
-    values: Sequence[float], modalities: Sequence[str], present: np.ndarray
-) -> dict[str, float]:
+def _per_modality(values: Sequence[float], modalities: Sequence[str], present: np.ndarray) -> dict[str, float]:
     return {name: float(v) for name, v, here in zip(modalities, values, present, strict=True) if here}
 
 
@@ -172,15 +170,9 @@ def _join(words: Sequence[str]) -> str:
 
 def _reason(record: dict) -> str:
     votes = record.get("votes", {})
-    shown = [
-        f"{name} shows {vote['class']} ({vote['strength']:.2f})"
-        for name, vote in votes.items()
-        if vote["class"]
-    ]
+    shown = [f"{name} shows {vote['class']} ({vote['strength']:.2f})" for name, vote in votes.items() if vote["class"]]
     silent = [name for name, vote in votes.items() if not vote["class"]]
-    says = _join(
-        shown + ([f"{_join(silent)} {'show' if len(silent) > 1 else 'shows'} nothing"] if silent else [])
-    )
+    says = _join(shown + ([f"{_join(silent)} {'show' if len(silent) > 1 else 'shows'} nothing"] if silent else []))
     kind = record.get("cause", "none")
     if kind == "missing input":
         verb = "is" if len(record["missing"]) == 1 else "are"
@@ -207,9 +199,7 @@ def sentence(record: dict) -> str:
         text.append(f"Reason: {_reason(record)}.")
     guilty = record.get("blame")
     if guilty is not None and record["attribution"][guilty] < 0:
-        text.append(
-            f"{guilty} argues most against the delivered label ({record['attribution'][guilty]:+.2f} nats)."
-        )
+        text.append(f"{guilty} argues most against the delivered label ({record['attribution'][guilty]:+.2f} nats).")
     outcomes = record.get("counterfactual", {})
     if len(outcomes) > 1 and record.get("cause") == "conflict":
         parts = [f"{value['region_ml']:.2f} ml if only {name} is right" for name, value in outcomes.items()]

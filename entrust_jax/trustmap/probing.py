@@ -104,9 +104,7 @@ def probe(
 
     def call(row: dict[str, Array]) -> Array:
         keep, silence = (row[name].reshape((1, modalities, *space)) for name in ("keep", "silence"))
-        return one_step(
-            here * keep * (1.0 - silence * where), jnp.broadcast_to(row["conflict"], present.shape[:1])
-        )
+        return one_step(here * keep * (1.0 - silence * where), jnp.broadcast_to(row["conflict"], present.shape[:1]))
 
     p = lax.map(call, table)
     whole = 2**modalities

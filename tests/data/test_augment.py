@@ -70,12 +70,8 @@ def test_augment_flips_about_half_of_the_time(element):
     for seed in range(200):
         out = augment.augment(element, np.random.default_rng(seed))
         flipped = not np.array_equal(out["label"], element["label"])
-        np.testing.assert_array_equal(
-            out["label"], np.flip(element["label"], 0) if flipped else element["label"]
-        )
-        np.testing.assert_array_equal(
-            out["body"], np.flip(element["body"], 0) if flipped else element["body"]
-        )
+        np.testing.assert_array_equal(out["label"], np.flip(element["label"], 0) if flipped else element["label"])
+        np.testing.assert_array_equal(out["body"], np.flip(element["body"], 0) if flipped else element["body"])
         assert not out["image"][:, ~out["body"]].any()
         flips += flipped
     assert 70 < flips < 130

@@ -100,9 +100,7 @@ def test_empty_folder(tmp_path):
 def test_no_complete_case_names_the_mend(tmp_path):
     for name in ("a", "b"):
         touch(tmp_path / name, f"{name}_flair.nii.gz", f"{name}_t1ce.nii.gz")
-    with pytest.raises(
-        UserError, match=r"lack T1, T2; set config\.data\.modalities.*present: T1ce, FLAIR"
-    ) as e:
+    with pytest.raises(UserError, match=r"lack T1, T2; set config\.data\.modalities.*present: T1ce, FLAIR") as e:
         layouts.require_complete(layouts.find_cases("brats", tmp_path, FOUR), tmp_path, FOUR)
     assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
     assert len(layouts.find_cases("brats", tmp_path, ("FLAIR", "T1ce"))) == 2

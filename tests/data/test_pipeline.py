@@ -130,9 +130,7 @@ def test_kinds_that_never_happen_change_no_bit(volumes):
 
 
 def test_the_switch_turns_every_kind_off(volumes):
-    assert equal(
-        pipeline.batch_at(make(volumes, augment=False, kinds=EVERY), 3), pipeline.batch_at(make(volumes), 3)
-    )
+    assert equal(pipeline.batch_at(make(volumes, augment=False, kinds=EVERY), 3), pipeline.batch_at(make(volumes), 3))
 
 
 def test_pixels_come_from_their_case_and_slice(volumes):
@@ -180,8 +178,7 @@ def test_weights_are_the_ratio_of_the_shares_exactly(volumes, patch, share):
                 held = [
                     key
                     for key in law
-                    if key[0] == row
-                    and all(c <= u < c + s for c, u, s in zip(key[1:], pixel, patch, strict=True))
+                    if key[0] == row and all(c <= u < c + s for c, u, s in zip(key[1:], pixel, patch, strict=True))
                 ]
                 for key in held:
                     law[key] += share / len(groups) / len(rows) / len(pixels) / len(held)
@@ -259,9 +256,7 @@ def test_evaluation_slices_crop_and_chunks(volumes):
     assert (batch["label"][:, 20:] == -1).all() and not batch["body"][:, :, 18:].any()
     np.testing.assert_array_equal(pipeline.crop(batch["label"], v), v.label)
     np.testing.assert_array_equal(pipeline.crop(batch["coordinates"], v), v.coordinates)
-    np.testing.assert_array_equal(
-        pipeline.crop(np.moveaxis(batch["image"], 1, -1), v), np.moveaxis(v.image, 0, -1)
-    )
+    np.testing.assert_array_equal(pipeline.crop(np.moveaxis(batch["image"], 1, -1), v), np.moveaxis(v.image, 0, -1))
     pieces = list(pipeline.chunks(batch, 2))
     assert [len(piece["valid"]) for piece in pieces] == [2, 2, 2]
     assert [piece["valid"].tolist() for piece in pieces] == [[True, True], [True, True], [True, False]]

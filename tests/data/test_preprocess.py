@@ -40,9 +40,7 @@ def save(path: Path, values, affine=AFFINE, dtype=None) -> Path:
 def make_case(folder: Path, t1=None, flair=None, label=None, **affines) -> layouts.Case:
     images = {
         "T1": save(folder / "T1.nii.gz", head(seed=1) if t1 is None else t1, affines.get("t1", AFFINE)),
-        "FLAIR": save(
-            folder / "FLAIR.nii.gz", head(seed=2) if flair is None else flair, affines.get("flair", AFFINE)
-        ),
+        "FLAIR": save(folder / "FLAIR.nii.gz", head(seed=2) if flair is None else flair, affines.get("flair", AFFINE)),
     }
     if label is None:
         label = np.zeros((16, 14, 6), np.uint8)
@@ -178,9 +176,7 @@ def test_other_grid_is_resampled_in_world_space(tmp_path):
     target, expected = preprocess.load_scan(tmp_path / "b.nii.gz")
     source, values = preprocess.load_scan(tmp_path / "a.nii.gz")
     result, covered = preprocess.resample(values, source, target, order=1)
-    world = np.einsum(
-        "ij,jxyz->ixyz", target.affine, np.concatenate([np.indices((8, 7, 5)), np.ones((1, 8, 7, 5))])
-    )
+    world = np.einsum("ij,jxyz->ixyz", target.affine, np.concatenate([np.indices((8, 7, 5)), np.ones((1, 8, 7, 5))]))
     within = (world[0] >= -24) & (world[0] <= 15) & (world[1] >= -5) & (world[1] <= 34) & (world[2] <= 36)
     assert within.mean() > 0.3
     assert covered[within].all()
@@ -497,9 +493,7 @@ def test_real_brats_floats(data_root):
     table = ((0, 0), (1, 1), (2, 2), (3, 1), (4, 2))
     volume = read(case, modalities=names, label_map=table)
     # Skull-stripped with a background of -3.5: the body is exactly what differs from it, up to holes.
-    raw = np.moveaxis(
-        np.asanyarray(nibabel.as_closest_canonical(nibabel.load(case.images["FLAIR"])).dataobj), 2, 0
-    )
+    raw = np.moveaxis(np.asanyarray(nibabel.as_closest_canonical(nibabel.load(case.images["FLAIR"])).dataobj), 2, 0)
     brain = raw != raw[0, 0, 0]
     assert (brain != volume.body).mean() < 0.01
     assert volume.label is not None

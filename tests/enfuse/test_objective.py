@@ -39,7 +39,6 @@ def test_xcov_is_the_mean_squared_correlation_of_the_samples_in_the_mask():
     np.testing.assert_allclose(xcov(garbage, z, mask), xcov(y, z, mask), rtol=1e-4)
 
 
-
 def test_xcov_is_free_of_scale_and_shift_and_so_is_its_gradient():
     y, z = normal(64, 3), normal(64, 2, seed=1)
     z = z + y[:, :2]

@@ -19,14 +19,8 @@ def make_case(modalities, classes, *, missing=(), full=True, empty=False, spacin
     body = np.zeros(SHAPE, bool)
     body[:, 2:18, 2:22] = True
     present = np.array([name not in missing for name in modalities])
-    image = (
-        rng.standard_normal((len(modalities), *SHAPE)).astype(np.float32)
-        * body
-        * present[:, None, None, None]
-    )
-    volume = Volume(
-        "case", "case", case_number("case"), image, present, None, body, coordinates(body), spacing, None
-    )
+    image = rng.standard_normal((len(modalities), *SHAPE)).astype(np.float32) * body * present[:, None, None, None]
+    volume = Volume("case", "case", case_number("case"), image, present, None, body, coordinates(body), spacing, None)
     label = np.zeros(SHAPE, np.uint8)
     error = np.full(SHAPE, 0.01, np.float32)
     if not empty:
@@ -39,9 +33,7 @@ def make_case(modalities, classes, *, missing=(), full=True, empty=False, spacin
         "error_probability": error,
         "entropy": error,
         "predicted_dice": 0.8 if full else None,
-        "regions": {
-            name: {"volume_ml": 12.0, "interval": [9.0, 14.0] if full else None} for name in classes[1:]
-        },
+        "regions": {name: {"volume_ml": 12.0, "interval": [9.0, 14.0] if full else None} for name in classes[1:]},
         "seconds": 1.0,
     }
     evidence = []
@@ -165,10 +157,7 @@ def test_the_enlarged_window_holds_the_finding():
     near = figures.zoomed(view, interest, (1.0, 1.0, 1.0))
     assert near.rows.stop - near.rows.start < 60
     assert (
-        0 <= near.rows.start <= 55
-        and near.rows.stop == 60
-        and 0 <= near.columns.start <= 2
-        and near.columns.stop >= 10
+        0 <= near.rows.start <= 55 and near.rows.stop == 60 and 0 <= near.columns.start <= 2 and near.columns.stop >= 10
     )
     interest[0, 79] = True
     assert figures.zoomed(view, interest, (1.0, 1.0, 1.0)) is view

@@ -51,9 +51,7 @@ def read(folder: Path, stored: np.ndarray, names: tuple[str, ...] = MODALITIES) 
         values = 100 + 10 * rng.standard_normal(SHAPE) + 20 * (stored > 0)
         files[name] = save(folder / f"{name}.nii.gz", values.astype(np.float32))
     case = layouts.case_from_files(files, MODALITIES)
-    return preprocess.read_volume(
-        case, modalities=MODALITIES, reference="FLAIR", label_map=LABEL_MAP, classes=CLASSES
-    )
+    return preprocess.read_volume(case, modalities=MODALITIES, reference="FLAIR", label_map=LABEL_MAP, classes=CLASSES)
 
 
 def canonical(stored: np.ndarray) -> np.ndarray:
@@ -138,9 +136,7 @@ def test_maps_lie_on_the_scan_voxel_for_voxel(tmp_path, stored):
     np.testing.assert_array_equal(image.affine, AFFINE)
     probability = nibabel.load(tmp_path / "out" / "probability.nii.gz").get_fdata()
     assert probability.shape == (*SHAPE, 3)
-    np.testing.assert_allclose(
-        probability[stored == 4], [[0.05, 0.9, 0.05]] * int((stored == 4).sum()), atol=1e-6
-    )
+    np.testing.assert_allclose(probability[stored == 4], [[0.05, 0.9, 0.05]] * int((stored == 4).sum()), atol=1e-6)
     hypotheses = np.asarray(nibabel.load(tmp_path / "out" / "hypotheses.nii.gz").dataobj)
     assert hypotheses.shape == (*SHAPE, 3)
     np.testing.assert_array_equal(hypotheses[..., 0], stored)
@@ -187,10 +183,7 @@ def test_hypotheses_only_on_demand(tmp_path, stored):
     volume = read(tmp_path, stored)
     write(tmp_path / "out", make_prediction(volume, stored), volume, hypotheses=False)
     assert not (tmp_path / "out" / "hypotheses.nii.gz").exists()
-    assert (
-        "--hypotheses"
-        in json.loads((tmp_path / "out" / "report.json").read_text())["absent"]["hypotheses.nii.gz"]
-    )
+    assert "--hypotheses" in json.loads((tmp_path / "out" / "report.json").read_text())["absent"]["hypotheses.nii.gz"]
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
@@ -229,9 +222,7 @@ def test_ctrl_c_in_a_process_of_its_own_leaves_nothing(tmp_path):
         "with whole_folder(Path(sys.argv[1]), check_output) as folder:\n"
         "    (folder / 'a').write_bytes(b'x'); os.kill(os.getpid(), signal.SIGINT); time.sleep(20)\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "out")], capture_output=True, check=False
-    )
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], capture_output=True, check=False)
     assert ended.returncode != 0 and b"KeyboardInterrupt" in ended.stderr
     assert list(tmp_path.iterdir()) == []
 

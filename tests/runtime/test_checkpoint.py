@@ -54,24 +54,18 @@ def test_a_state_comes_back_to_the_last_bit(tmp_path):
         assert checkpoint.restore_last(manager, abstract(saved)) is None
         assert checkpoint.read_meta(manager) is None
         for step in (1, 5, 9):
-            checkpoint.save_last(
-                manager, step, saved.replace(step=jnp.asarray(step, jnp.int32)), meta | {"s": step}
-            )
+            checkpoint.save_last(manager, step, saved.replace(step=jnp.asarray(step, jnp.int32)), meta | {"s": step})
         checkpoint.save_last(manager, 9, saved, {})  # there already: stays
         with pytest.raises(ValueError, match="step 3 after step 9"):
             checkpoint.save_last(manager, 3, saved, {})
         assert list(manager.all_steps()) == [5, 9]
-    placed = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), saved
-    )
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), saved)
     with opened(tmp_path / "last", read_only=True) as manager:
         assert checkpoint.read_meta(manager) == meta | {"s": 9}
         restored, found = checkpoint.restore_last(manager, placed)
     assert found == meta | {"s": 9} and int(restored.step) == 9
     assert jax.tree.structure(restored) == jax.tree.structure(saved)
-    for old, new in zip(
-        jax.tree.leaves(saved.replace(step=restored.step)), jax.tree.leaves(restored), strict=True
-    ):
+    for old, new in zip(jax.tree.leaves(saved.replace(step=restored.step)), jax.tree.leaves(restored), strict=True):
         assert old.dtype == new.dtype and new.sharding.is_equivalent_to(replicated(mesh), new.ndim)
         np.testing.assert_array_equal(old, new)
 
@@ -160,9 +154,7 @@ def test_a_damaged_checkpoint_is_an_error_for_people(tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "other", [{"w": jnp.zeros(5)}, {"w": jnp.zeros(4), "b": jnp.zeros(1)}, {"v": jnp.zeros(4)}]
-)
+@pytest.mark.parametrize("other", [{"w": jnp.zeros(5)}, {"w": jnp.zeros(4), "b": jnp.zeros(1)}, {"v": jnp.zeros(4)}])
 def test_a_checkpoint_of_another_config_is_an_error_for_people(tmp_path, other):
     with opened(tmp_path / "last") as manager:
         checkpoint.save_last(manager, 3, {"w": jnp.arange(4.0)}, {})

@@ -15,7 +15,7 @@ def expected_loss(score: jax.Array, weights) -> jax.Array:
     """E_y of the weighted cross-entropy, y_u ~ POSTERIOR independently, by enumeration; `weights(y)` voxel by voxel."""
     logits = jnp.stack([jnp.zeros_like(score), score], axis=-1)
     values = []
-    for bits in range(2 ** POSTERIOR.size):
+    for bits in range(2**POSTERIOR.size):
         y = (bits >> np.arange(POSTERIOR.size) & 1)[None]
         p = np.prod(np.where(y == 1, POSTERIOR, 1 - POSTERIOR))
         values.append((p, y, weights(y)))

@@ -34,9 +34,7 @@ def test_dice_bayes_is_the_brute_force_choice(count: int, classes: int):
     mean, labels = hypotheses(10 * count + classes, count, classes)
     label, info = dice_bayes(mean, labels)
     best, chosen, held = -1.0, None, None
-    candidates = [(threshold_action(mean, tau), None) for tau in THRESHOLDS] + [
-        (labels[n], n) for n in range(count)
-    ]
+    candidates = [(threshold_action(mean, tau), None) for tau in THRESHOLDS] + [(labels[n], n) for n in range(count)]
     for candidate, own in candidates:
         choosing = [dice(candidate, labels[n], classes) for n in range(0, count, 2) if n != own]
         judging = [dice(candidate, labels[n], classes) for n in range(1, count, 2) if n != own]

@@ -77,9 +77,7 @@ def test_records_of_a_scan():
     assert first["place"] == {"slice": 2, "row": 4, "column": 4} or first["place"]["slice"] in (1, 2)
     np.testing.assert_allclose(first["volume_ml"], 32 * 0.01)
     np.testing.assert_allclose(first["expected_error_ml"], (31 * 0.4 + 0.7) * 0.01, rtol=1e-5)
-    np.testing.assert_allclose(
-        [first["mean_error"], first["max_error"]], [(31 * 0.4 + 0.7) / 32, 0.7], rtol=1e-5
-    )
+    np.testing.assert_allclose([first["mean_error"], first["max_error"]], [(31 * 0.4 + 0.7) / 32, 0.7], rtol=1e-5)
     assert first["cause"] == "conflict" and first["delivered"] == "lesion" and first["missing"] == ["T1ce"]
     assert first["pair"]["modalities"] == ["T1", "FLAIR"]
     assert first["votes"]["T1"]["class"] == "background" and first["votes"]["FLAIR"]["class"] == "lesion"
@@ -88,9 +86,7 @@ def test_records_of_a_scan():
     assert first["blame"] == "T1" and set(first["attribution"]) == {"T1", "FLAIR"}
     assert first["counterfactual"]["T1"] == {"region_ml": 0.0, "total_ml": 0.0}
     np.testing.assert_allclose(first["counterfactual"]["FLAIR"]["region_ml"], 0.32)
-    assert (
-        second["cause"] == "missing input" and second["delivered"] == "background" and second["pair"] is None
-    )
+    assert second["cause"] == "missing input" and second["delivered"] == "background" and second["pair"] is None
     assert second["votes"]["T1"]["class"] is None
     json.dumps(found)
 

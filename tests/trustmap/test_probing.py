@@ -53,9 +53,7 @@ def readers(evidence: np.ndarray):
 
 
 def case(log_odds: list[float], present: list[bool], conflict: float):
-    evidence = np.broadcast_to(
-        np.array(log_odds, np.float32)[None, :, None, None], (2, len(log_odds), *SHAPE)
-    )
+    evidence = np.broadcast_to(np.array(log_odds, np.float32)[None, :, None, None], (2, len(log_odds), *SHAPE))
     kappa = np.zeros((2, *SHAPE), np.float32)
     kappa[:, 1:3, 1:3] = conflict
     weights = np.abs(evidence)
