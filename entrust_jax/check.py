@@ -6,7 +6,7 @@ augmentation changes it) and O/check.json. Leaves with 2 where a case cannot be 
 where there are only warnings. Of a phantom the first 16.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     cli.setup_devices(at_most=config.train.batch)
     found, errors = inspect(config, output)
     if not errors:
-        found["plan"] = plan(config, found["epoch"])
+        found["plan"] = plan(config, found)
     from entrust_jax.runtime import logs
 
     logs.write_json(output / "check.json", found | {"errors": errors})
@@ -89,13 +89,13 @@ def inspect(config: Any, output: Path) -> tuple[dict[str, Any], list[str]]:
                 draw = dataset.drawn(data, scans)
                 warnings += draw.lines
                 errors += survey.impossible(findings, modalities, draw.parts)
-                found["epoch"] = sum(found["slices"].get(name, 0) for name in draw.parts["train"])
                 if not mistakes:
                     found["working_spacing"] = dataset.plan_spacing(data, draw.parts["train"])["spacing"]
+                found["epoch"] = survey.epoch(findings, draw.parts["train"], found.get("working_spacing", ()))
         except UserError as error:
             errors.append(str(error))
-    spacing = tuple(found.get("working_spacing", ()))
-    picture_changes(config, None if mistakes else survey.telling(findings), spacing, output)
+    found["shown"] = None if mistakes else survey.telling(findings)
+    picture_changes(config, found["shown"], tuple(found.get("working_spacing", ())), output)
     print_found(found | {"warnings": warnings, "errors": errors})
     return found | {"warnings": warnings}, errors
 
@@ -137,32 +137,47 @@ def print_found(found: dict[str, Any]) -> None:
             print(f"  {kind}: {line}")
 
 
-def plan(config: Any, slices: int) -> dict[str, Any]:
-    """Compiles every stage, times its step on an empty batch, and says what training costs; `slices` are an epoch:
+def plan(config: Any, found: dict[str, Any]) -> dict[str, Any]:
+    """Compiles every stage, times its step on two batches of a case, and says what training costs.
 
-    those with a body, of the labelled cases in the training part.
+    An epoch has the slices with a body, on the working grid, of the labelled cases in the training part.
     """
     from entrust_jax import api, train
+    from entrust_jax.data import dataset
     from entrust_jax.runtime import mesh
 
     devices, network = mesh.data_mesh(), api.network_of(config)
     stages = train.plan_stages(config, network)
     programs = {stage.name: train.compile_stage(config, network, stage, devices) for stage in stages}
     train.print_plan(config, stages, programs, devices, cli.default_workdir(config))
-    size = mesh.round_to_devices(config.train.batch, devices)
+    volumes, _ = dataset.read(config.data, [found["shown"]], config.seed, tuple(found["working_spacing"]))
+    batches = pipeline_batches(config, volumes, devices)
+    slices, size = found["epoch"], mesh.round_to_devices(config.train.batch, devices)
+    costs = {}
     for stage in stages:
-        minutes = slices / size * programs[stage.name].step_seconds / 60
-        passes = stage.steps * size / max(slices, 1)
-        print(f"  {stage.name}: an epoch of {slices} slices takes {minutes:.1f} min; the plan is {passes:.1f} epochs")
-    return {
-        stage.name: {
+        own = programs[stage.name]
+        seconds = sum(train.step_seconds(config, stage, own.call, devices, batches)) / 2
+        minutes, passes = slices / size * seconds / 60, stage.steps * size / max(slices, 1)
+        print(
+            f"  {stage.name}: an epoch of {slices} slices takes {minutes:.1f} min, measured on two batches of "
+            f"{found['shown']}; the plan is {passes:.1f} epochs"
+        )
+        costs[stage.name] = {
             "steps": stage.steps,
-            "seconds_per_step": programs[stage.name].step_seconds,
-            "compile_seconds": programs[stage.name].compile_seconds,
-            "megabytes_per_device": programs[stage.name].memory_mb,
+            "seconds_per_step": seconds,
+            "compile_seconds": own.compile_seconds,
+            "megabytes_per_device": own.memory_mb,
         }
-        for stage in stages
-    }
+    return costs
+
+
+def pipeline_batches(config: Any, volumes: list[Any], devices: Any) -> Callable[[], Any]:
+    """Makes the next training batch of these volumes and puts it where the step wants it."""
+    from entrust_jax import train
+    from entrust_jax.data import pipeline
+
+    batches = pipeline.iterate(train.training_data(config, volumes, devices), 0)
+    return lambda: train.place(config, next(batches), devices)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from entrust_jax import api, cli, inference
 from entrust_jax import model as entrust
@@ -302,18 +302,25 @@ def compile_stage(config: Any, network: Any, stage: Stage, devices: Any) -> Comp
 
     abstract, batch = step_shapes(config, stage, devices)
     empty = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), batch)
-    whole, key = mesh.replicated(devices), step_key(config, stage)
-    state = jax.jit(lambda: initial_state(config, optimiser(config, stage)), out_shardings=whole)()
+    seconds = min(step_seconds(config, stage, call, devices, lambda: empty))
+    memory = call.memory_analysis()
+    used = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
+    return Compiled(call, validate, abstract, compile_seconds, seconds, used / 2**20)
+
+
+def step_seconds(
+    config: Any, stage: Stage, call: Callable[..., Any], devices: Any, batch: Callable[[], Batch]
+) -> tuple[float, float]:
+    """Seconds of two steps, the making of their batches included."""
+    tx, whole = optimiser(config, stage), mesh.replicated(devices)
+    state, key = jax.jit(lambda: initial_state(config, tx), out_shardings=whole)(), step_key(config, stage)
     times = []
     for _ in range(3):  # the first one also faults memory in
         began = time.perf_counter()
-        state, _ = call(state, empty, key)
+        state, _ = call(state, batch(), key)
         jax.block_until_ready(state)
         times.append(time.perf_counter() - began)
-    step_seconds = min(times)
-    memory = call.memory_analysis()
-    used = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
-    return Compiled(call, validate, abstract, compile_seconds, step_seconds, used / 2**20)
+    return times[1], times[2]
 
 
 def initial_state(config: Any, tx: optax.GradientTransformation) -> TrainState:
@@ -464,13 +471,8 @@ def run_stage(
     t = config.train
     done = int(np.max(np.asarray(state.step)))
     names = {volume.number: volume.name for part in volumes.values() for volume in part}
-    size, n = mesh.round_to_devices(t.batch, devices), members(config)
-    train_data = pipeline.training_dataset(
-        volumes["train"], batch=size * n, patch=tuple(config.data.patch), seed=config.seed,
-        foreground_share=config.data.foreground_share, augment=config.data.augment,
-        kinds=augment.settings_of(config.data),
-    )  # fmt: skip
-    validation = validation_batches(config, volumes["val"], size, devices)
+    train_data = training_data(config, volumes["train"], devices)
+    validation = validation_batches(config, volumes["val"], devices)
     rows = workdir / "metrics.jsonl"
     logs.drop_rows_after(rows, stage.begin + done)
     board = logs.open_tensorboard(workdir / "tensorboard", stage.begin + done)
@@ -480,7 +482,7 @@ def run_stage(
     with logs.progress(stage.name, stage.steps, done) as show:
         for i in range(done, stage.steps):
             batch = next(batches)
-            state, figures = programs.call(state, place(config, batch, n, devices), key)
+            state, figures = programs.call(state, place(config, batch, devices), key)
             finite = bool(np.all(np.asarray(figures.pop("finite"))))
             bad = 0 if finite else bad + 1
             if not finite:
@@ -522,11 +524,20 @@ def stop(workdir: Path, step: int) -> NoReturn:
     sys.exit(cli.TERMINATED)
 
 
-def place(config: Any, batch: dict[str, np.ndarray], n: int, devices: Any) -> Batch:
+def training_data(config: Any, volumes: list[Volume], devices: Any) -> Any:
+    """The endless, seeded batches of training patches, one batch a member."""
+    return pipeline.training_dataset(
+        volumes, batch=mesh.round_to_devices(config.train.batch, devices) * members(config),
+        patch=tuple(config.data.patch), seed=config.seed, foreground_share=config.data.foreground_share,
+        augment=config.data.augment, kinds=augment.settings_of(config.data),
+    )  # fmt: skip
+
+
+def place(config: Any, batch: dict[str, np.ndarray], devices: Any) -> Batch:
     """A batch on the mesh; U-Nets get one of their own per member."""
     if config.method == "entrust":
         return mesh.shard_batch(batch, devices)
-    split = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(None, mesh.AXIS))
+    n, split = members(config), jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(None, mesh.AXIS))
     return {name: jax.device_put(value.reshape(n, -1, *value.shape[1:]), split) for name, value in batch.items()}
 
 
@@ -565,8 +576,9 @@ def warn_of_lost_conflict(rows: list[dict[str, Any]], stage: Stage, interval: in
         )
 
 
-def validation_batches(config: Any, volumes: list[Volume], size: int, devices: Any) -> list[Batch]:
+def validation_batches(config: Any, volumes: list[Volume], devices: Any) -> list[Batch]:
     """A fixed set of validation patches, drawn and weighted as in training but not augmented."""
+    size = mesh.round_to_devices(config.train.batch, devices)
     data = pipeline.training_dataset(
         volumes, batch=size, patch=tuple(config.data.patch), seed=config.seed + 1,
         foreground_share=config.data.foreground_share, augment=False,
@@ -575,7 +587,7 @@ def validation_batches(config: Any, volumes: list[Volume], size: int, devices: A
     return [mesh.shard_batch(pipeline.batch_at(data, i), devices) for i in range(count)]
 
 
-def levels_of(config: Any, stage: Stage) -> Array:
+def levels_of(config: Any, stage: Stage) -> Float[np.ndarray, " levels"]:
     """The levels of log SNR at which EnTrust is validated: the first alone while the denoiser is not trained yet."""
     levels = bin_levels(config.diffusion.lambda_min, config.diffusion.lambda_max)
     return levels[:1] if stage.name == "enfuse" else levels
@@ -588,7 +600,8 @@ def validate_batch(config: Any, network: Any, stage: Stage, params: Any, batch: 
     """
     if stage.name == "unet":
         return unet.over_members(lambda p: unet.validate(network, p, batch))(params)
-    return entrust.validate(network, params, batch, levels_of(config, stage), jax.random.key(config.seed))
+    levels = jnp.asarray(levels_of(config, stage))
+    return entrust.validate(network, params, batch, levels, jax.random.key(config.seed))
 
 
 def validate(stage: Stage, programs: Compiled, ema: Any, batches: list[Batch]) -> dict[str, float]:

@@ -24,6 +24,7 @@ def test_a_sound_set_is_counted_pictured_and_planned(repository, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "16 cases of 16 patients, 0 of them unreadable" in done.stdout
     assert "A in 16, B in 16" in done.stdout and "an epoch of 8 slices takes" in done.stdout
+    assert ", measured on two batches of phantom_" in done.stdout.lower()
     found = json.loads((tmp_path / "seen" / "check.json").read_text())
     assert found["errors"] == [] and found["plan"]["unet"]["seconds_per_step"] > 0
     assert found["labels"]["lesion"]["voxels"] > 0

@@ -123,7 +123,7 @@ def test_an_infinite_scan_skips_its_steps_and_is_named(config, run, tmp_path, ca
             skipped.append(i + 1)
             expected = expected.replace(step=expected.step + 1)
         else:
-            placed = train.place(config, batch, 1, run.devices)
+            placed = train.place(config, batch, run.devices)
             expected, _ = run.programs.call(expected, placed, train.step_key(config, run.stage))
     assert 0 < len(skipped) < run.stage.steps  # the seed shows both
     for ours, theirs in zip(jax.tree.leaves(final), jax.tree.leaves(expected), strict=True):

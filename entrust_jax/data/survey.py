@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from entrust_jax.data import augment, dataset, phantom, pipeline, preprocess
+from entrust_jax.data import augment, dataset, phantom, pipeline, preprocess, resampling
 from entrust_jax.data.cases import ENDINGS, PICTURES, Case, Mistake, ending_of, scans_below
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
@@ -251,6 +251,16 @@ def impossible(findings: Sequence[Finding], modalities: Sequence[str], parts: Ma
     return lines
 
 
+def epoch(findings: Sequence[Finding], names: Sequence[str], spacing: Sequence[float]) -> int:
+    """Slices with a body of the labelled cases `names` on the working grid, by their share of the scan."""
+    total = 0.0
+    for one in findings:
+        if one.name in names and one.counts is not None and not one.error:
+            depth = resampling.working(resampling.Lattice(one.shape, one.spacing), spacing).sizes[0]
+            total += one.slices * depth / one.shape[0]
+    return round(total)
+
+
 def summary(findings: Sequence[Finding], modalities: Sequence[str], classes: Sequence[str]) -> dict[str, Any]:
     """What was found, in numbers; medians and ranges over the cases that could be read."""
     read = [finding for finding in findings if not finding.error]
@@ -267,7 +277,6 @@ def summary(findings: Sequence[Finding], modalities: Sequence[str], classes: Seq
         "patients": len({finding.patient for finding in findings}),
         "unreadable": len(findings) - len(read),
         "modalities": {name: sum(name in finding.present for finding in read) for name in modalities},
-        "slices": {finding.name: finding.slices for finding in read if finding.counts is not None},
         "size": span([finding.shape for finding in read]),
         "spacing": span([finding.spacing for finding in read]),
         "labels": {
