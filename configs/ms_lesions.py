@@ -6,6 +6,7 @@
 
 The patterns are for files of these names; write those of your copy. 30 patients, consensus of three raters (Lesjak et
 al. 2017, doi 10.1007/s12021-017-9348-7), CC BY; the download page is named in the paper. Time and score: not run here.
+Many lesions are smaller than those that a glioma's rule scores: evaluate with --lesions=metastases.
 """
 
 from typing import Any

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Shaped
-from scipy import ndimage
+from scipy import ndimage, spatial
 
 HD95Convention = Literal["max_of_directed", "pooled", "area_weighted"]
 NSDConvention = Literal["voxels", "area_weighted"]
@@ -49,9 +49,18 @@ def surface_distances(
     # mask beyond it.
     box = bounding_box(prediction | truth)
     ours, theirs = surface(prediction[box]), surface(truth[box])
-    to_theirs = ndimage.distance_transform_edt(~theirs, sampling=tuple(spacing))
-    to_ours = ndimage.distance_transform_edt(~ours, sampling=tuple(spacing))
-    return np.asarray(to_theirs)[ours], np.asarray(to_ours)[theirs]
+    return _nearest(ours, theirs, spacing), _nearest(theirs, ours, spacing)
+
+
+def _nearest(
+    of: Bool[np.ndarray, "*s"], to: Bool[np.ndarray, "*s"], spacing: Sequence[float]
+) -> Float[np.ndarray, " a"]:
+    """Distance in mm from each point of one mask, in their order in the array, to the nearest of the other. A surface
+    has few points: a tree of them is ten times as fast as a distance map of the box."""
+    points, targets, sides = np.argwhere(of), np.argwhere(to), np.asarray(spacing, np.float64)
+    found = spatial.KDTree(targets * sides).query(points * sides)[1]
+    # From the difference in voxels: that of two rounded products could miss a tolerance that it should just reach.
+    return np.sqrt((((points - targets[found]) * sides) ** 2).sum(axis=1))
 
 
 def element_distances(
@@ -71,9 +80,7 @@ def element_distances(
     areas = element_areas(spacing)
     codes = [_neighbour_codes(mask[box]) for mask in (prediction, truth)]
     ours, theirs = ((code > 0) & (code < len(areas) - 1) for code in codes)
-    to_theirs = ndimage.distance_transform_edt(~theirs, sampling=tuple(spacing))
-    to_ours = ndimage.distance_transform_edt(~ours, sampling=tuple(spacing))
-    distances = np.asarray(to_theirs)[ours], np.asarray(to_ours)[theirs]
+    distances = _nearest(ours, theirs, spacing), _nearest(theirs, ours, spacing)
     return distances, (areas[codes[0][ours]], areas[codes[1][theirs]])
 
 
