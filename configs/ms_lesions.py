@@ -6,7 +6,6 @@
 
 The patterns are for files of these names; write those of your copy. 30 patients, consensus of three raters (Lesjak et
 al. 2017, doi 10.1007/s12021-017-9348-7), CC BY; the download page is named in the paper. Time and score: not run here.
-Many lesions are smaller than those that a glioma's rule scores: evaluate with --lesions=metastases.
 """
 
 from typing import Any
@@ -32,5 +31,5 @@ def get_config() -> Any:
     config.data.names = ConfigDict({"T1POST": ("T1WKS", "T1c", "T1ce", "T1Gd")})
     # Rates of nnU-Net (affine, gamma, noise) and of TorchIO's example (bias, ghosting); shifts ours.
     config.data.augmentation.update(affine=0.3, shift=0.5, gamma=0.3, bias=0.2, ghosting=0.1, noise=0.1)
-    config.diffusion.b = 0.2  # 2.5 / sqrt(2 n): small lesions
+    config.diffusion.b = 0.2  # 2.5 / sqrt(2 n): small lesions, hence evaluate with --lesions=metastases
     return config.lock()

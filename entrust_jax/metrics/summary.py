@@ -14,9 +14,6 @@ from jaxtyping import Bool, Float, Integer, Shaped
 
 from entrust_jax.metrics import calibration, conflict, distribution, lesions, overlap, statistics, surface, usefulness
 
-PERMUTATIONS = 500
-RATER_METRICS = ("ged2", "hm_iou", "d_max", "ci_score")  # of hypotheses against several raters
-TOWER_RANGE = (0.1, 0.9)
 # mm. Below a voxel's size a tolerance asks for equal voxels; the sets here have voxels of 0.5 to 2 mm in plane, and
 # outlines of two readers lie a millimetre or two apart (Nikolov et al. 2021, doi 10.2196/26151: organs in CT).
 NSD_TOLERANCE = 2.0
@@ -25,6 +22,9 @@ GEOMETRY = (
     "dice", "hd95", "hd95_pooled", "hd95_area_weighted", "nsd", "nsd_voxels", "lesion_dice", "lesion_hd95", "lesion_f1",
 )  # fmt: skip
 COUNTS = ("lesions", "lesions_missed", "lesions_spurious")  # per case and group; in the table of cases alone
+PERMUTATIONS = 500
+RATER_METRICS = ("ged2", "hm_iou", "d_max", "ci_score")  # of hypotheses against several raters
+TOWER_RANGE = (0.1, 0.9)
 
 CONVENTIONS = {
     "patients": "cases of one patient are joined before anything else; intervals resample "
