@@ -33,5 +33,5 @@ def get_config() -> Any:
     config.data.names = ConfigDict({"T1POST": ("T1WKS", "T1c", "T1ce", "T1Gd")})
     # Rates of nnU-Net (affine, gamma, noise) and of TorchIO's example (bias, ghosting); shifts ours.
     config.data.augmentation.update(affine=0.3, shift=0.5, gamma=0.3, bias=0.2, ghosting=0.1, noise=0.1)
-    config.diffusion.b = 0.2  # 2.5 / sqrt(2 n): small lesions
+    config.diffusion.b = 0.2  # 2.5 / sqrt(2 n): small lesions, hence evaluate with --lesions=metastases
     return config.lock()

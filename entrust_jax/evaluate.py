@@ -1,5 +1,5 @@
 """Scores trained models on labelled cases: python -m entrust_jax.evaluate --workdir=W [--data_dir=D]
-[--split=test|all] [--location].
+[--split=test|all] [--location] [--lesions=glioma|metastases].
 
 With several working folders, --workdir=A,B,C, all are scored on the same cases inside one region of
 interest, and compared with the first.
@@ -25,7 +25,7 @@ from entrust_jax import api, cli, inference
 from entrust_jax.baselines import location as baseline
 from entrust_jax.data import preprocess, resampling
 from entrust_jax.errors import UserError
-from entrust_jax.metrics import calibration, conflict, summary, usefulness
+from entrust_jax.metrics import calibration, conflict, lesions, summary, usefulness
 from entrust_jax.report import curves
 from entrust_jax.report import output as output_folder
 from entrust_jax.runtime import logs
@@ -45,6 +45,14 @@ def define_flags() -> None:
     flags.DEFINE_string("data_dir", None, "Folder of the labelled scans; the one trained on if left out.")
     flags.DEFINE_enum("split", "test", ["test", "all"], "Held-out test cases, or every labelled case of the folder.")
     flags.DEFINE_bool("location", False, "Beside each Dice that of the mean training mask: place alone.")
+    flags.DEFINE_enum(
+        "lesions",
+        "glioma",
+        list(lesions.RULES),
+        "Rule of BraTS 2023 by which lesions are scored: of its glioma challenge (with at most 6 voxels between them "
+        "they are one, none of 50 mm^3 or less counts), or of its metastases challenge (2 voxels, 2 mm^3), for sets of "
+        "small lesions.",
+    )
     flags.DEFINE_string(
         "output",
         None,
@@ -63,7 +71,7 @@ def main(_: Sequence[str]) -> None:
     check_output(output)
     cli.setup_devices()
     methods = load_methods(workdirs)
-    targets = common_targets({name: trained.config for name, trained in methods.items()})
+    targets = common_targets({name: trained.config for name, trained in methods.items()}, FLAGS.lesions)
     volumes, left_out = read_volumes(methods, FLAGS.data_dir, FLAGS.split)
     places = {name: mean_mask(trained, targets) for name, trained in methods.items()} if FLAGS.location else {}
     scores = score_all(methods, volumes, targets)
@@ -99,8 +107,8 @@ def load_methods(workdirs: Sequence[Path]) -> dict[str, Any]:
     raise UserError(f"--workdir={','.join(map(str, workdirs))} names a folder twice: name each once")
 
 
-def common_targets(configs: Mapping[str, Any]) -> summary.Targets:
-    """The classes and regions to score; UserError if the methods' classes differ."""
+def common_targets(configs: Mapping[str, Any], lesion_rule: str) -> summary.Targets:
+    """The classes and regions to score, and how lesions are; UserError if the methods' classes differ."""
     found = {name: tuple(config.data.classes) for name, config in configs.items()}
     first, *others = found
     for name in others:
@@ -114,6 +122,7 @@ def common_targets(configs: Mapping[str, Any]) -> summary.Targets:
         found[first],
         {str(region): tuple(members) for region, members in regions.items()},
         tuple(configs[first].data.modalities),
+        lesion_rule,
     )
 
 
@@ -354,6 +363,9 @@ def print_headline(results: Mapping[str, Any]) -> None:
         "dice",
         "location_dice",
         "hd95",
+        "nsd",
+        "lesion_dice",
+        "lesion_f1",
         "ece_classwise_roi",
         "error_auroc",
         "aurc",

@@ -12,7 +12,7 @@ import pytest
 from entrust_jax import errors, evaluate
 from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
-from entrust_jax.metrics import calibration, summary
+from entrust_jax.metrics import calibration, lesions, summary, surface
 from entrust_jax.report import output as output_files
 from entrust_jax.runtime.mesh import data_mesh
 
@@ -121,6 +121,7 @@ def test_figures_of_many_patients(plain):
     found = summary.summarise(plain, TARGETS, resamples=200)
     required = ["dice", "hd95", "error_auroc", "error_auprc", "aurc", "predicted_dice_mae"]
     required += ["hypothesis_diversity", "hypothesis_dice", "seconds_per_case", "entropy_auroc"]
+    required += ["hd95_area_weighted", "nsd", "nsd_voxels", "lesion_dice", "lesion_hd95", "lesion_f1"]
     for key in required:
         low, high = found[key]["ci95"]
         assert low <= found[key]["value"] <= high and found[key]["n"] == 11
@@ -136,6 +137,62 @@ def test_figures_of_many_patients(plain):
     gaps = [abs(0.9 - one.values["dice_by_class"]) for one in plain]
     assert found["predicted_dice_mae"]["value"] == pytest.approx(np.mean(gaps))
     assert found["tower"]["gap"]["value"] == pytest.approx(0.05) and found["tower"]["holds"]
+
+
+def test_figures_in_millimetres_name_their_convention(plain):
+    found = summary.summarise(plain, TARGETS, resamples=50)
+    assert found["nsd"]["convention"] == "area_weighted" and found["nsd_voxels"]["convention"] == "voxels"
+    assert found["nsd"]["tolerance_mm"] == summary.NSD_TOLERANCE
+    assert {key: found["lesion_dice"][key] for key in ("rule", "dilation", "floor_mm3", "empty")} == {
+        "rule": "glioma",
+        "dilation": 3,
+        "floor_mm3": 50.0,
+        "empty": 0,
+    }
+    assert found["hd95_area_weighted"]["convention"] == "area_weighted"
+    assert set(found["nsd_by_group"]) == set(found["lesion_f1_by_group"]) == {"core", "rim", "whole"}
+    case = volume(4)
+    truth, guess = (np.where(case.label >= 0, one, 0) > 0 for one in (case.label, predict(case)["label"]))
+    values = plain[4].values
+    assert values["hd95_area_weighted/whole"] == surface.hd95(guess, truth, case.spacing, "area_weighted")
+    for key, convention in (("nsd", "area_weighted"), ("nsd_voxels", "voxels")):
+        assert values[f"{key}/whole"] == surface.nsd(guess, truth, case.spacing, summary.NSD_TOLERANCE, convention)
+    for key, value in lesions.scores(guess, truth, case.spacing, lesions.RULES["glioma"]).items():
+        assert values[f"{key}/whole"] == value
+    few = summary.Targets(TARGETS.classes, TARGETS.regions, lesion_rule="metastases")
+    other = evaluate.score_predictions({"m": predict(case)}, {"m": case}, few)["m"].values
+    assert other["lesions_spurious/whole"] >= values["lesions_spurious/whole"] and other["nsd"] == values["nsd"]
+
+
+def test_a_single_slice_has_a_contour():
+    case = volume(0)
+    whole = predict(case, conflict=False, hypotheses=False)
+    slice_ = {key: value[1:2] if isinstance(value, np.ndarray) else value for key, value in whole.items()}
+    label, everywhere = case.label[1:2], np.ones((1, *SHAPE[1:]), bool)
+    slice_["label"] = np.roll(label, 3, axis=2).astype(np.uint8)
+    values = summary.score_case(
+        slice_, label[None], everywhere, (9.0, 1.0, 1.0), everywhere, TARGETS, name="c", patient="p"
+    ).values
+    guess, truth = slice_["label"] == 1, label == 1
+    pairs = {"hd95": "max_of_directed", "hd95_pooled": "pooled", "hd95_area_weighted": "area_weighted"}
+    for key, convention in pairs.items():
+        assert values[f"{key}/core"] == surface.hd95(guess[0], truth[0], (1.0, 1.0), convention)
+    # As a volume of one slice all of it would be surface, most of which lies on the other's.
+    assert values["nsd/core"] < surface.nsd(guess, truth, (9.0, 1.0, 1.0), summary.NSD_TOLERANCE, "area_weighted")
+
+
+def test_masks_that_are_empty_are_charged_or_left_out_and_counted():
+    case = volume(0)
+    none = dataclasses.replace(case, label=np.zeros(SHAPE, np.int32))
+    blind = predict(case) | {"label": np.zeros(SHAPE, np.uint8)}
+    both, one = (
+        summary.summarise([evaluate.score_predictions({"m": dict(blind)}, {"m": c}, TARGETS)["m"]], TARGETS)
+        for c in (none, case)
+    )
+    for key in summary.GEOMETRY:
+        assert both[key]["value"] is None and both[key]["empty"] == 1, key
+        expected = None if key.startswith("hd95") else 374.0 if key == "lesion_hd95" else 0.0
+        assert one[key]["value"] == expected and one[key]["empty"] == (expected is None), key
 
 
 def test_too_sharp_probabilities_are_worse_before_calibration(sharp):
@@ -238,7 +295,8 @@ def test_comparison_is_paired(plain, sharp):
     table = summary.comparison_table(found)
     lines = table.strip().splitlines()
     assert len({line.count("|") for line in lines}) == 1
-    assert any(line.startswith("| hypothesis_diversity") for line in lines)
+    for metric in ("hypothesis_diversity", "nsd", "lesion_dice", "lesion_f1"):
+        assert any(line.startswith(f"| {metric}") for line in lines)
     with pytest.raises(ValueError, match="different cases"):
         summary.compare({"a": plain, "b": plain[:-1]})
 
@@ -263,6 +321,7 @@ def test_results_of_one_method_are_written(tmp_path, plain):
         rows = list(csv.DictReader(file))
     assert [row["case"] for row in rows] == [f"case{i}" for i in range(11)]
     assert float(rows[3]["dice"]) == pytest.approx(plain[3].values["dice"])
+    assert float(rows[3]["nsd/core"]) == plain[3].values["nsd/core"] and float(rows[3]["lesions/whole"]) == 1
     assert float(rows[3]["ece_classwise_roi/after"]) > 0 and float(rows[3]["error_auroc"]) > 0.5
     evaluate.check_output(output)  # may be replaced
 
@@ -340,9 +399,9 @@ def test_mistakes_are_explained():
         data = {"classes": classes, "regions": {"whole": (1,)}, "modalities": ("A", "B")}
         return types.SimpleNamespace(data=types.SimpleNamespace(**data, get=data.get))
 
-    assert evaluate.common_targets({"a": config("bg", "x")}).headline() == ["whole"]
+    assert evaluate.common_targets({"a": config("bg", "x")}, "glioma").headline() == ["whole"]
     with pytest.raises(errors.UserError, match="classes"):
-        evaluate.common_targets({"a": config("bg", "x"), "b": config("bg", "y")})
+        evaluate.common_targets({"a": config("bg", "x"), "b": config("bg", "y")}, "glioma")
 
 
 def test_flow_with_a_made_up_model(tmp_path, monkeypatch, capsys):
@@ -369,8 +428,9 @@ def test_flow_with_a_made_up_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate.api, "predict_volume", predict_volume)
     monkeypatch.setattr(evaluate.api, "multiple", lambda config: 16)
     flags = types.SimpleNamespace(
-        workdir=[str(tmp_path / "A"), str(tmp_path / "B")], data_dir=None, split="all", output=None, location=True
-    )
+        workdir=[str(tmp_path / "A"), str(tmp_path / "B")], data_dir=None, split="all", output=None, location=True,
+        lesions="metastases",
+    )  # fmt: skip
     monkeypatch.setattr(evaluate, "FLAGS", flags)
     evaluate.main([])
     printed = capsys.readouterr().out
@@ -386,6 +446,8 @@ def test_flow_with_a_made_up_model(tmp_path, monkeypatch, capsys):
     # Each method once more on the first case of a size, whose time would be that of compiling.
     assert predicted == [("A", "case0"), ("B", "case0"), ("A", "case0"), ("B", "case0"), ("A", "case1"), ("B", "case1")]
     assert found["trained_on"]["A"] == ["case1"]
+    ruled = json.loads((tmp_path / "A" / "comparison" / "A" / "summary.json").read_text())["lesion_f1"]
+    assert ruled["rule"] == "metastases" and ruled["dilation"] == 1
     place = json.loads((tmp_path / "A" / "comparison" / "A" / "summary.json").read_text())["location_dice"]
     assert 0.1 < place["value"] < 1 and place["n"] == 2
     with pytest.raises(errors.UserError, match="twice"):

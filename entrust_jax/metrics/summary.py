@@ -12,8 +12,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Shaped
 
-from entrust_jax.metrics import calibration, conflict, distribution, overlap, statistics, surface, usefulness
+from entrust_jax.metrics import calibration, conflict, distribution, lesions, overlap, statistics, surface, usefulness
 
+# mm. Below a voxel's size a tolerance asks for equal voxels; the sets here have voxels of 0.5 to 2 mm in plane, and
+# outlines of two readers lie a millimetre or two apart (Nikolov et al. 2021, doi 10.2196/26151: organs in CT).
+NSD_TOLERANCE = 2.0
+# Figures of masks: per case and group, and the mean over the headline's groups.
+GEOMETRY = (
+    "dice", "hd95", "hd95_pooled", "hd95_area_weighted", "nsd", "nsd_voxels", "lesion_dice", "lesion_hd95", "lesion_f1",
+)  # fmt: skip
+COUNTS = ("lesions", "lesions_missed", "lesions_spurious")  # per case and group; in the table of cases alone
 PERMUTATIONS = 500
 RATER_METRICS = ("ged2", "hm_iou", "d_max", "ci_score")  # of hypotheses against several raters
 TOWER_RANGE = (0.1, 0.9)
@@ -28,8 +36,18 @@ CONVENTIONS = {
     "location_dice": "dice of the mean mask of the training cases in the body's box, which knows the place alone; its "
     "threshold is the best one on those cases",
     "hd95": "mm, voxel-centre surface distances, face neighbours; max_of_directed = "
-    "MONAI, pooled = MedPy; an empty mask on either side is left out and "
-    "counted in empty",
+    "MONAI, pooled = MedPy; area_weighted = DeepMind's surface-distance (elements between voxels, by area; the larger "
+    "of the two directed); an empty mask on either side is left out and "
+    "counted in empty; a case of one slice has a contour in place of a surface, here and in what follows",
+    "nsd": "normalised surface Dice: share of both surfaces within tolerance_mm of the other one; area_weighted = "
+    "DeepMind's surface-distance and MONAI with use_subvoxels, voxels (nsd_voxels) = MONAI; 0 where one mask is empty, "
+    "both empty left out and counted in empty",
+    "lesion_dice": "BraTS 2023: the truth grown by `dilation` voxels (18 neighbours), what touches then is one lesion; "
+    "every piece of the prediction (26 neighbours) that meets it is its own; mean over the lesions above floor_mm3 and "
+    "the pieces without a lesion, missed lesions and such pieces 0; neither lesion nor piece: left out and counted in "
+    "empty (the challenge says 1)",
+    "lesion_hd95": "mm, the same with hd95 area_weighted; missed lesions and pieces without a lesion 374 mm",
+    "lesion_f1": "2 found / (2 found + missed + spurious) of the same lesions and pieces, per case",
     "roi": "union over the compared methods of {foreground probability > .05}, "
     "dilated by 5 voxels (square, in plane); knows neither the truth nor the "
     "body mask",
@@ -79,11 +97,13 @@ CONVENTIONS = {
 
 @dataclass(frozen=True)
 class Targets:
-    """What is scored: class names (index 0 the background), regions (name -> class indices), modality names."""
+    """What is scored: class names (index 0 the background), regions (name -> class indices), modality names, and the
+    rule of `lesions.RULES` by which lesions are."""
 
     classes: tuple[str, ...]
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     modalities: tuple[str, ...] = ()
+    lesion_rule: str = "glioma"
 
     def foreground(self) -> list[int]:
         """Indices of the classes other than the background."""
@@ -259,14 +279,42 @@ def _geometry(
         values[f"dice/{group}"] = overlap.dice(matrix, members)
         values[f"volume_ml/{group}"] = overlap.volume_ml(ours, spacing)
         values[f"true_volume_ml/{group}"] = overlap.volume_ml(theirs, spacing)
-        distances = surface.surface_distances(ours, theirs, spacing) if ours.any() and theirs.any() else None
-        values[f"hd95/{group}"] = surface.percentile95(*distances, "max_of_directed") if distances else float("nan")
-        values[f"hd95_pooled/{group}"] = surface.percentile95(*distances, "pooled") if distances else float("nan")
+        found = _surfaces(ours, theirs, spacing, lesions.RULES[targets.lesion_rule])
+        values |= {f"{metric}/{group}": value for metric, value in found.items()}
     by_class = [values[f"dice/{targets.classes[k]}"] for k in targets.foreground()]
     values["dice_by_class"] = float(np.mean(np.nan_to_num(by_class, nan=1.0)))
-    for metric in ("dice", "hd95", "hd95_pooled"):
+    for metric in GEOMETRY:
         values[metric] = _finite_mean([values[f"{metric}/{group}"] for group in targets.headline()])
     return values
+
+
+def _surfaces(
+    ours: Bool[np.ndarray, "d h w"], theirs: Bool[np.ndarray, "d h w"], spacing: Sequence[float], rule: lesions.Rule
+) -> dict[str, float]:
+    """What is measured in mm between two masks. The caps of a single slice would be surface that cannot be wrong, so
+    that slice is taken as a picture."""
+    if len(ours) == 1:
+        return _measured(ours[0], theirs[0], spacing[1:], rule)
+    return _measured(ours, theirs, spacing, rule)
+
+
+def _measured(
+    ours: Bool[np.ndarray, "*s"], theirs: Bool[np.ndarray, "*s"], spacing: Sequence[float], rule: lesions.Rule
+) -> dict[str, float]:
+    nsd = 0.0 if ours.any() or theirs.any() else float("nan")  # of an empty mask, as in surface.nsd
+    found = dict.fromkeys(("hd95", "hd95_pooled", "hd95_area_weighted"), float("nan")) | {"nsd": nsd, "nsd_voxels": nsd}
+    if ours.any() and theirs.any():
+        voxels = surface.surface_distances(ours, theirs, spacing)
+        elements, areas = surface.element_distances(ours, theirs, spacing)
+        once = np.ones(len(voxels[0])), np.ones(len(voxels[1]))
+        found = {
+            "hd95": surface.percentile95(*voxels, "max_of_directed"),
+            "hd95_pooled": surface.percentile95(*voxels, "pooled"),
+            "hd95_area_weighted": surface.area_percentile95(elements, areas),
+            "nsd": surface.share_within(elements, areas, NSD_TOLERANCE),
+            "nsd_voxels": surface.share_within(voxels, once, NSD_TOLERANCE),
+        }
+    return found | lesions.scores(ours, theirs, spacing, rule)
 
 
 def headline_dice(delivered: Integer[np.ndarray, "*s"], label: Integer[np.ndarray, "*s"], targets: Targets) -> float:
@@ -342,6 +390,7 @@ def quantities(patients: Sequence[Scores]) -> dict[str, Quantity]:
     found: dict[str, Quantity] = {}
     renamed = {"predicted_dice_error": "predicted_dice_mae", "seconds": "seconds_per_case"}
     skipped = ("uncertainty", "predicted_dice", "roi_voxels", "volume_ml", "true_volume_ml", "hypotheses", "raters")
+    skipped += COUNTS
     for key in dict.fromkeys(key for one in patients for key in one.values):
         if key.partition("/")[0] not in skipped:
             data = np.array([one.values.get(key, np.nan) for one in patients], np.float64)
@@ -405,25 +454,35 @@ def case_row(case: Scores) -> dict[str, Any]:
 
 def summarise(cases: Sequence[Scores], targets: Targets, *, resamples: int = statistics.RESAMPLES) -> dict[str, Any]:
     """Every figure of one method: {"<metric>": {"value", "ci95", "n"[, "reason"]}}, with {"before",
-    "after"} where calibration matters, {"<class or region>": figure} under dice_by_group and
-    hd95_by_group."""
+    "after"} where calibration matters, {"<class or region>": figure} under dice_by_group and the
+    like."""
     patients = join_patients(cases)
     table = quantities(patients)
     done = {
         key: statistics.figure(q.statistic(q.valid), int(q.valid.sum()), resamples=resamples)
         for key, q in table.items()
     }
-    empty = {m: sum(not np.isfinite(case.values[m]) for case in cases) for m in ("dice", "hd95")}
-    summary: dict[str, Any] = {
-        "dice": {**done["dice"], "empty": empty["dice"], "mean_over": targets.headline()},
-        "dice_by_group": {group: done[f"dice/{group}"] for group in targets.groups()},
-        "hd95": {**done["hd95"], "empty": empty["hd95"], "convention": "max_of_directed", "unit": "mm"},
-        "hd95_pooled": {**done["hd95_pooled"], "empty": empty["hd95"], "convention": "pooled", "unit": "mm"},
-        "hd95_by_group": {group: done[f"hd95/{group}"] for group in targets.groups()},
+    rule = lesions.RULES[targets.lesion_rule]
+    ruled = {"rule": targets.lesion_rule, "dilation": rule.dilation, "floor_mm3": rule.floor}
+    conventions: dict[str, dict[str, Any]] = {
+        "dice": {"mean_over": targets.headline()},
+        "hd95": {"convention": "max_of_directed", "unit": "mm"},
+        "hd95_pooled": {"convention": "pooled", "unit": "mm"},
+        "hd95_area_weighted": {"convention": "area_weighted", "unit": "mm"},
+        "nsd": {"convention": "area_weighted", "tolerance_mm": NSD_TOLERANCE},
+        "nsd_voxels": {"convention": "voxels", "tolerance_mm": NSD_TOLERANCE},
+        "lesion_dice": ruled,
+        "lesion_hd95": {**ruled, "unit": "mm"},
+        "lesion_f1": ruled,
     }
+    summary: dict[str, Any] = {}
+    for metric in GEOMETRY:
+        empty = sum(not np.isfinite(case.values[metric]) for case in cases)
+        summary[metric] = {**done[metric], "empty": empty, **conventions[metric]}
+        summary[f"{metric}_by_group"] = {group: done[f"{metric}/{group}"] for group in targets.groups()}
     for key, value in done.items():
         metric, _, stage = key.partition("/")
-        if stage in ("before", "after") and metric not in ("dice", "hd95", "hd95_pooled"):
+        if stage in ("before", "after") and metric not in GEOMETRY:
             summary.setdefault(metric, {})[stage] = value
     for key in ("error_auroc", "entropy_auroc", "aurc", "excess_aurc"):
         summary[key] = done[key]
@@ -473,6 +532,9 @@ COMPARED = {  # metric -> +1 where more is better, -1 where less is, 0 where nei
     "dice": 1,
     "location_dice": 0,
     "hd95": -1,
+    "nsd": 1,
+    "lesion_dice": 1,
+    "lesion_f1": 1,
     "ece_classwise_roi/before": -1,
     "ece_classwise_roi/after": -1,
     "ece_classwise_body/after": -1,
