@@ -331,7 +331,10 @@ def volume_interval(volume: Mapping[str, Any], margin: float) -> tuple[float, fl
 def statements(
     found: Found, dice: tuple[float, float] | None = None, volume: Mapping[str, tuple[float, float]] | None = None
 ) -> list[str]:
-    """What is guaranteed and what is not, a sentence each, with the number of patients it rests on."""
+    """What is guaranteed and what is not, a sentence each, with the number of patients it rests on.
+
+    dice, volume: the intervals of a case (`apply`); without both, of cases in general.
+    """
     if found["note"]:
         return [f"No guarantee: {found['note']}."]
     fnr, fdr, coverage = (f"{100 * found['levels'][name]:g} %" for name in ("fnr", "fdr", "coverage"))
@@ -355,11 +358,16 @@ def statements(
     for name, (one, interval) in entries.items():
         if one["margin"] is None:
             lines.append(f"No {coverage} interval of the {name}: {_of(one)}.")
+        elif dice is None and volume is None:  # of no case
+            lines.append(
+                f"Intervals of the {name} hold for {coverage} of patients like the {one['patients']} calibration "
+                "patients that this rests on."
+            )
         elif interval is not None:
             unit = "" if name == "Dice" else " ml"
             lines.append(
-                f"The true {name} lies between {interval[0]:.3g} and {interval[1]:.3g}{unit}: such an interval holds for "
-                f"{coverage} of patients like the {one['patients']} calibration patients that this rests on."
+                f"The true {name} lies between {interval[0]:.3g} and {interval[1]:.3g}{unit}: such an interval holds "
+                f"for {coverage} of patients like the {one['patients']} calibration patients that this rests on."
             )
     return lines
 

@@ -270,6 +270,8 @@ def test_what_is_promised_is_said_with_the_patients_it_rests_on():
     assert len(lines) == 4 and all("30 calibration patients" in line for line in lines)
     assert lines[0].startswith("The outer mask of whole misses at most 10 % of it on average")
     assert "Dice lies between" in lines[2] and " ml: such an interval holds for 90 % of patients" in lines[3]
+    for_any = conformal.statements(found)
+    assert for_any[:2] == lines[:2] and for_any[2].startswith("Intervals of the Dice hold for 90 % of patients")
     no_dice = [conformal.Case(one.patient, one.missed, one.wrong, None, one.volume) for one in cases]
     found = conformal.fit(no_dice, ("whole",), **LEVELS)
     assert conformal.statements(found)[2] == "No 90 % interval of the Dice: the method predicts none."
