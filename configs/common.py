@@ -91,5 +91,13 @@ def get_config() -> Any:
             "head_steps": 500,
         }
     )
+    # What is promised of a new patient, by the calibration patients. Changed after training, the last stage runs again.
+    config.trust = ConfigDict(
+        {
+            "fnr": 0.1,  # share of a region that its outer mask may miss, on average over patients
+            "fdr": 0.1,  # share of an inner mask that may be false, on average over patients
+            "coverage": 0.9,  # of the intervals of Dice and volumes; and how sure the inner mask is of its share
+        }
+    )
     config.unet = ConfigDict({"widths": (16, 32, 48, 64), "dice": 0.0, "members": 5})
     return config

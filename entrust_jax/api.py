@@ -16,12 +16,14 @@ from ml_collections import ConfigDict
 
 from entrust_jax import inference, model
 from entrust_jax.baselines import unet
-from entrust_jax.data import dataset, resampling, splits
+from entrust_jax.data import dataset, preprocess, resampling, splits
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.runtime import checkpoint, mesh
+from entrust_jax.trustmap import conformal
 
 SPACING = "spacing.json"  # the planned working spacing, in the working folder
+CONFORMAL = "conformal.json"  # the guarantees
 SECTIONS = ("name", "method", "seed", "data", "model", "diffusion", "train", "unet")
 # Keys that older working folders lack, with the values that they were trained with.
 ADDED = {
@@ -32,7 +34,8 @@ ADDED = {
         "drop_copies": False,
         "names": {},
         "augmentation": {"affine": 0.0, "shift": 0.0, "gamma": 0.0, "bias": 0.0, "ghosting": 0.0, "noise": 0.0},
-    }
+    },
+    "trust": {"fnr": 0.1, "fdr": 0.1, "coverage": 0.9},
 }
 
 
@@ -46,6 +49,7 @@ class Trained:
       spacing: millimetres along D, H, W that the network sees; 0, or (), where an axis stays as scanned.
       tau: the Dice threshold of stage 3, for methods without hypotheses.
       rung, calibration: the chosen calibrator and its parameters. meta: what stage 4 wrote of its choice.
+      conformal: what stage 5 found (`conformal.fit`); None where the folder is older than that stage.
     """
 
     workdir: Path
@@ -60,6 +64,7 @@ class Trained:
     rung: str
     calibration: dict[str, np.ndarray]
     meta: dict[str, Any]
+    conformal: dict[str, Any] | None = None
 
 
 def network_of(config: Any) -> model.EnTrust | unet.UNet:
@@ -108,7 +113,7 @@ def multiple(config: Any) -> int:
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:
     """A config as it was written down, with the keys that were added since."""
-    return values | {section: added | values[section] for section, added in ADDED.items()}
+    return values | {section: added | values.get(section, {}) for section, added in ADDED.items()}
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -135,7 +140,7 @@ def load(workdir: Path | str) -> Trained:
       UserError: no such folder, training not finished, a damaged or foreign checkpoint.
     """
     workdir = Path(workdir)
-    config = read_config(workdir)
+    config: Any = read_config(workdir)
     meta_path, values = workdir / "calibration.json", workdir / "calibration.npz"
     if not (meta_path.exists() and values.exists()):
         raise UserError(
@@ -173,7 +178,24 @@ def load(workdir: Path | str) -> Trained:
         rung=rung,
         calibration=params,
         meta=meta,
+        conformal=read_conformal(workdir / CONFORMAL, tuple(config.data.regions)),
     )
+
+
+def read_conformal(path: Path, regions: tuple[str, ...]) -> dict[str, Any] | None:
+    """The guarantees of a working folder; None where it has none. Raises UserError where they are damaged."""
+    try:
+        found = json.loads(path.read_text())
+        conformal.statements(found)
+        if any(set(found[kind]) != set(regions) for kind in ("outer", "inner", "volume")):
+            raise ValueError("it is for other regions")
+        return found
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: is damaged ({type(error).__name__}: {error}); remove it and run the same train command again"
+        ) from None
 
 
 def read_cases(trained: Trained, data_dir: str | None = None, split: str = "test") -> tuple[list[Volume], list[str]]:
@@ -198,13 +220,22 @@ def read_cases(trained: Trained, data_dir: str | None = None, split: str = "test
     return dataset.read(data, names, trained.config.seed)
 
 
-def examine(trained: Trained, volume: Volume, slices: int | None = None) -> inference.Raw:
+def examine(trained: Trained, volume: Volume, slices: int | None = None, probed: bool = True) -> inference.Raw:
     """What the network says of a case before calibration; see `inference.examine`."""
-    return examine_with(trained.config, trained.network, trained.params, trained.mesh, trained.tau, volume, slices)
+    return examine_with(
+        trained.config, trained.network, trained.params, trained.mesh, trained.tau, volume, slices, probed
+    )
 
 
 def examine_with(
-    config: Any, network: Any, params: Any, devices: Mesh, tau: float, volume: Volume, slices: int | None = None
+    config: Any,
+    network: Any,
+    params: Any,
+    devices: Mesh,
+    tau: float,
+    volume: Volume,
+    slices: int | None = None,
+    probed: bool = True,
 ) -> inference.Raw:
     """`examine` for parameters that are not in a working folder yet (the trainer's calibration stage)."""
     if isinstance(network, unet.UNet):
@@ -221,25 +252,59 @@ def examine_with(
         hypotheses=config.diffusion.hypotheses,
         multiple=multiple(config),
         slices=slices,
+        probed=probed,
     )
 
 
 def predict_volume(trained: Trained, volume: Volume) -> dict[str, Any]:
-    """Segmentation, calibrated uncertainty and reasons of one case: the maps and records of `inference.finish`.
+    """Segmentation, calibrated uncertainty, reasons and guarantees of one case: the maps and records of
+
+    `inference.finish`, and under "conformal" what `conformal.apply` returns.
 
     The volume is on its scan's own grid, and so are the maps, whatever the network's working spacing.
     """
+    found = _predicted(trained, volume)
+    found["conformal"] = conformal.apply(
+        trained.conformal,
+        found["probability_raw"],
+        _regions(trained),
+        predicted_dice=found["predicted_dice"],
+        volumes=found["regions"],
+    )
+    return found
+
+
+def observe_volume(trained: Trained, volume: Volume) -> conformal.Case:
+    """How far the prediction of a labelled case is off, made in the way and on the grid of `predict_volume`."""
+    found = _predicted(trained, volume, probed=False)
+    return conformal.observe(
+        volume.patient,
+        found["probability_raw"],
+        found["label"],
+        preprocess.labels_of(volume),
+        _regions(trained),
+        predicted_dice=found["predicted_dice"],
+        volumes=found["regions"],
+        voxel_ml=float(np.prod(volume.spacing)) / 1000,
+    )
+
+
+def _regions(trained: Trained) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(classes) for name, classes in trained.config.data.regions.items()}
+
+
+def _predicted(trained: Trained, volume: Volume, probed: bool = True) -> dict[str, Any]:
     started = time.perf_counter()
     data = trained.config.data
     working = resampling.at_spacing(volume, trained.spacing)
     return inference.finish(
-        examine(trained, working),
+        examine(trained, working, probed=probed),
         working,
         scan=volume,
         chosen=trained.rung,
         params=trained.calibration,
         modalities=tuple(data.modalities),
         classes=tuple(data.classes),
-        regions={name: tuple(classes) for name, classes in data.regions.items()},
+        regions=_regions(trained),
         started=started,
     )

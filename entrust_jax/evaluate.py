@@ -29,6 +29,7 @@ from entrust_jax.metrics import calibration, conflict, lesions, summary, usefuln
 from entrust_jax.report import curves
 from entrust_jax.report import output as output_folder
 from entrust_jax.runtime import logs
+from entrust_jax.trustmap import conformal
 
 FLAGS = flags.FLAGS
 MAKER = "entrust_jax.evaluate"
@@ -85,6 +86,10 @@ def main(_: Sequence[str]) -> None:
         "warnings": left_out,
         "trained_on": {name: seen_in_training(trained, scores[name]) for name, trained in methods.items()},
         "calibrator": {name: trained.rung for name, trained in methods.items()},
+        "guarantees": {
+            name: conformal.statements(trained.conformal) if trained.conformal else [conformal.NO_GUARANTEE]
+            for name, trained in methods.items()
+        },
         "roi_shared_by": list(methods),
     }
     folders = {name: str(workdir) for name, workdir in zip(methods, workdirs, strict=True)}
@@ -382,6 +387,10 @@ def print_headline(results: Mapping[str, Any]) -> None:
                 interval = "" if one["ci95"] is None else f"  [{one['ci95'][0]:.4g}, {one['ci95'][1]:.4g}]"
                 sets = f", N={one['hypotheses']}, R={_span(one['raters'])}" if "raters" in one else ""
                 print(f"{key + (' ' + stage if stage else ''):28s} {one['value']:.4g}{interval}  n={one['n']}{sets}")
+    for key, found in results.get("conformal", {}).items():
+        for region, one in [("", found)] if "value" in found else found.items():
+            if one["value"] is not None:
+                print(f"{f'{key} {region}':28s} {one['value']:.4g}  n={one['n']}")
 
 
 def _span(ends: Sequence[int]) -> str:

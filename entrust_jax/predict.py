@@ -1,11 +1,16 @@
 """Segments one patient: python -m entrust_jax.predict --workdir=W --output=O T1=a.nii.gz FLAIR=b.nii.gz ...
 
 Any subset of the model's modalities will do, each by any of its names; --case=FOLDER takes a folder in BraTS naming
-instead of files. Writes the segmentation, its uncertainty and the reasons as NIfTI maps in the reference scan's
-geometry, report.json and overview.png.
+instead of files. Writes the segmentation, its uncertainty, the reasons and what is guaranteed as NIfTI maps in the
+reference scan's geometry, report.json and overview.png.
+
+--cases=FOLDER predicts every folder in it, each into a folder of its own name under --output, and writes referral.csv:
+the cases in the order in which a person should look at them, the least trusted first.
 """
 
+import csv
 import importlib.metadata
+import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +22,7 @@ from entrust_jax import cli
 from entrust_jax.errors import UserError
 
 FLAGS = flags.FLAGS
+REFERRAL = "referral.csv"
 PACKAGES = ("scipy", "nibabel", "matplotlib")  # beyond those that every result names
 
 
@@ -25,6 +31,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Working folder of a trained model.")
     flags.DEFINE_string("output", None, "Folder for the results; an earlier prediction there is replaced.")
     flags.DEFINE_string("case", None, "Folder of one case in BraTS naming, instead of MODALITY=FILE arguments.")
+    flags.DEFINE_string("cases", None, "Folder of many such folders; what to review first is in referral.csv.")
     flags.DEFINE_bool("hypotheses", False, "Write hypotheses.nii.gz, every plausible segmentation, as well.")
 
 
@@ -32,26 +39,48 @@ def main(argv: Sequence[str]) -> None:
     """Checks the arguments, reads the scans, predicts, writes."""
     start = time.perf_counter()
     workdir, output = Path(FLAGS.workdir), Path(FLAGS.output)
-    files = parse_files(argv[1:], FLAGS.case)
+    folders = parse_folders(argv[1:], FLAGS.case, FLAGS.cases)
+    files = {} if folders else parse_files(argv[1:], FLAGS.case)
     cli.check_place(output, "--output")
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such folder; give the working folder of a training run")
 
     # After the cheap checks: these take seconds to load, which a wrong argument should not cost.
     from entrust_jax import api
-    from entrust_jax.data import dataset, layouts, preprocess
+    from entrust_jax.data import layouts
     from entrust_jax.report import output as report
-    from entrust_jax.runtime import logs
 
-    report.check_output(output)
+    for place in [output / folder.name for folder in folders] or [output]:
+        report.check_output(place)
     cli.setup_devices()
     config: Any = api.read_config(workdir)
-    data = config.data
-    modalities, classes = tuple(data.modalities), tuple(data.classes)
+    if folders:
+        predict_folders(config, workdir, folders, output)
+        print(f"{time.perf_counter() - start:.1f} s")
+        return
+    modalities, names = tuple(config.data.modalities), config.data.names.to_dict()
     if FLAGS.case is not None:
-        case = layouts.case_from_folder(Path(FLAGS.case), modalities, data.names.to_dict())
+        case = layouts.case_from_folder(Path(FLAGS.case), modalities, names)
     else:
-        case = layouts.case_from_files(files, modalities, data.names.to_dict())
+        case = layouts.case_from_files(files, modalities, names)
+    volume, lost = read(config, case)
+    prediction = write(config, api.load(workdir), volume, lost, output)
+    for line in prediction["conformal"]["statements"] if "conformal" in prediction else ():
+        print(f"  {line}")
+    if FLAGS.hypotheses and "hypotheses" not in prediction:
+        print(f"  hypotheses.nii.gz is not written: the method {config.method} draws none")
+    print(f"picture: {output / report.PICTURE}")
+    print(f"maps:    {output}/*.nii.gz")
+    print(f"report:  {output / report.REPORT}")
+    print(f"{time.perf_counter() - start:.1f} s, of which prediction {prediction['seconds']:.1f} s")
+
+
+def read(config: Any, case: Any) -> tuple[Any, list[str]]:
+    """The scans of a case, and a sentence for whatever is lost with those that are missing; both are printed."""
+    from entrust_jax.data import dataset, preprocess
+
+    data = config.data
+    modalities = tuple(data.modalities)
     volume = preprocess.read_volume(case, **dataset.reading(data))
     present = [name for name, there in zip(modalities, volume.present, strict=True) if there]
     lost = losses(present, modalities, data.reference)
@@ -61,29 +90,90 @@ def main(argv: Sequence[str]) -> None:
     print(f"{volume.name}: present {', '.join(present)}; missing {', '.join(missing) or 'none'}")
     for line in (*volume.warnings, *lost):
         print(f"  {line}")
+    return volume, lost
 
-    prediction = api.predict_volume(api.load(workdir), volume)
+
+def write(config: Any, trained: Any, volume: Any, lost: Sequence[str], output: Path) -> Any:
+    """Predicts a volume into the folder `output`; returns the prediction."""
+    from entrust_jax import api
+    from entrust_jax.report import output as report
+    from entrust_jax.runtime import logs
+
+    data = config.data
+    prediction = api.predict_volume(trained, volume)
     report.write_prediction(
         output,
         prediction,
         volume,
         name=config.name,
         method=config.method,
-        modalities=modalities,
+        modalities=tuple(data.modalities),
         reference=data.reference,
-        classes=classes,
+        classes=tuple(data.classes),
         label_map=data.label_map,
         regions=dict(data.regions.items()),
         hypotheses=FLAGS.hypotheses,
         versions=logs.code_version() | {name: importlib.metadata.version(name) for name in PACKAGES},
         warnings=(*volume.warnings, *lost),
     )
-    if FLAGS.hypotheses and "hypotheses" not in prediction:
-        print(f"  hypotheses.nii.gz is not written: the method {config.method} draws none")
-    print(f"picture: {output / report.PICTURE}")
-    print(f"maps:    {output}/*.nii.gz")
-    print(f"report:  {output / report.REPORT}")
-    print(f"{time.perf_counter() - start:.1f} s, of which prediction {prediction['seconds']:.1f} s")
+    return prediction
+
+
+def predict_folders(config: Any, workdir: Path, folders: Sequence[Path], output: Path) -> None:
+    """Predicts case after case, and writes the order of referral.
+
+    A case that cannot be predicted is said and left out; UserError at the end, when the others are written.
+    """
+    from entrust_jax import api
+    from entrust_jax.data import layouts
+    from entrust_jax.runtime import logs
+
+    modalities, names = tuple(config.data.modalities), config.data.names.to_dict()
+    trained = api.load(workdir)
+    rows, failed = [], []
+    for folder in folders:
+        try:
+            volume, lost = read(config, layouts.case_from_folder(folder, modalities, names))
+            prediction = write(config, trained, volume, lost, output / folder.name)
+        except UserError as error:
+            print(f"{folder.name}: not predicted: {error}", flush=True)
+            failed.append(str(error))
+            continue
+        rows.append({"case": folder.name} | prediction["trust"])
+        print(f"  trust {prediction['trust']['score']:.4f}, {prediction['seconds']:.1f} s", flush=True)
+    if rows:
+        logs.write_bytes(output / REFERRAL, referral(rows).encode())
+        print(f"least trusted first: {output / REFERRAL}")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(folders)} cases were not predicted; the first: {failed[0]}")
+
+
+def referral(rows: Sequence[dict[str, Any]]) -> str:
+    """The cases as CSV in order of review, the least trusted first."""
+    ordered = sorted(rows, key=lambda row: (row["score"], row["case"]))
+    text = io.StringIO()
+    table = csv.DictWriter(text, ["review", *ordered[0]], lineterminator="\n")
+    table.writeheader()
+    table.writerows({"review": number, **row} for number, row in enumerate(ordered, 1))
+    return text.getvalue()
+
+
+def parse_folders(arguments: Sequence[str], case: str | None, cases: str | None) -> list[Path]:
+    """The folders of cases in --cases; none without it.
+
+    Raises UserError for another form beside it, and where there is no folder in it.
+    """
+    if cases is None:
+        return []
+    if other := [*arguments, *(["--case"] if case is not None else [])]:
+        raise UserError(f"{other[0]}: goes not together with --cases; give a folder of cases, or one case")
+    root = Path(cases)
+    if not root.is_dir():
+        raise UserError(f"--cases={cases}: no such folder; give the folder in which the folders of cases are")
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not folders:
+        raise UserError(f"--cases={cases}: has no folder in it; for the files of one case give --case={cases}")
+    return folders
 
 
 def parse_files(arguments: Sequence[str], case: str | None) -> dict[str, Path]:

@@ -31,7 +31,7 @@ from entrust_jax.report import output
 from entrust_jax.runtime import aside, checkpoint, logs, mesh
 from entrust_jax.runtime.state import TrainState, create, ema_decay, update_ema
 from entrust_jax.segdiff.objective import bin_levels
-from entrust_jax.trustmap import calibration, case
+from entrust_jax.trustmap import calibration, case, conformal
 
 Batch = dict[str, Array]
 Loss = Callable[..., tuple[Array, dict[str, Array]]]
@@ -69,6 +69,7 @@ def main(argv: Sequence[str]) -> None:
     cli.setup_devices(at_most=config.train.batch)
     network = api.network_of(config)
     run(config, workdir, network, plan_stages(config, network))
+    guarantee(workdir)
     print(f"\ndone: {workdir}\n  python -m entrust_jax.evaluate --workdir={workdir}", flush=True)
 
 
@@ -110,7 +111,8 @@ def check(workdir: Path, config: Any) -> None:
         old, values = json.loads(api.read_config(workdir).to_json()), json.loads(config.to_json())
         then, now = _flat(old), _flat(values)
         changed = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
-        changed = [key for key in changed if key != "data.dir"]  # the data may have moved
+        # The data may have moved, and what is promised is found anew without training.
+        changed = [key for key in changed if key != "data.dir" and not key.startswith("trust.")]
         if changed:
             key = changed[0]
             raise UserError(
@@ -131,6 +133,9 @@ def check_values(config: Any) -> None:
         for name in names:
             if config[section][name] < 1:
                 raise UserError(f"config.{section}.{name} is {config[section][name]}; give at least 1")
+    for name, value in config.trust.items():
+        if not 0 < value < 1:
+            raise UserError(f"config.trust.{name} is {value}; give a share between 0 and 1, both left out")
     for section in ("model", "unet"):
         if not config[section].widths or min(config[section].widths) < 1:
             raise UserError(f"config.{section}.widths is {tuple(config[section].widths)}; give one width a scale")
@@ -734,6 +739,35 @@ def calibration_slices(raw: inference.Raw, volume: Volume, patient: int, seed: i
         patient=np.full(len(kept), patient),
     )
     return join([dataclasses.replace(first, label=label[kept]) for label in labels]) if len(labels) > 1 else first
+
+
+def guarantee(workdir: Path) -> None:
+    """Stage 5: what can be promised of a new patient, from whole predictions of the calibration patients.
+
+    Also for a folder that was finished before this stage existed, and again where the config's levels have changed.
+    """
+    config: Any = api.read_config(workdir)
+    path, levels, regions = workdir / api.CONFORMAL, config.trust.to_dict(), tuple(config.data.regions)
+    found = api.read_conformal(path, regions)
+    if found is not None and found["levels"] == levels:
+        return
+    began = time.perf_counter()
+    trained = api.load(workdir)
+    parts = trained.splits
+    cases, note = [], ""
+    if set(parts["calibration"]) & {*parts["train"], *parts["val"]}:
+        note = "the calibration patients had a part in training, too (config.data.split.folds=1)"
+    else:
+        volumes, _ = api.read_cases(trained, split="calibration")
+        with logs.progress("guarantees", len(volumes)) as show:
+            for i, volume in enumerate(volumes):
+                cases.append(api.observe_volume(trained, volume))
+                show(i + 1)
+    found = conformal.fit(cases, regions, **levels, note=note)
+    logs.write_json(path, found)
+    print(f"guarantees: {found['patients']} patients, {time.perf_counter() - began:.0f} s")
+    for line in conformal.statements(found):
+        print(f"  {line}")
 
 
 def _npz(params: dict[str, np.ndarray]) -> bytes:

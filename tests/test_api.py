@@ -52,6 +52,9 @@ def test_a_folder_from_before_a_key_was_added_goes_on(ensemble, trained, tmp_pat
             del values[section][key]
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert json.loads(api.read_config(tmp_path).to_json()) == json.loads((ensemble.workdir / "config.json").read_text())
+    del values["trust"]  # a whole section
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert json.loads(api.read_config(tmp_path).to_json()) == json.loads((ensemble.workdir / "config.json").read_text())
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"name": "x"}', "{"])
@@ -104,6 +107,8 @@ def widen(path):
         (lambda run: truncate(run / "calibration.npz"), ["calibration.npz", "damaged", "run train again"]),
         (lambda run: (run / "calibration.npz").write_bytes(b""), ["calibration.npz", "damaged"]),
         (lambda run: (run / "calibration.json").write_text("{}"), ["calibration", "damaged"]),
+        (lambda run: truncate(run / "conformal.json"), ["conformal.json", "damaged", "remove it"]),
+        (lambda run: (run / "conformal.json").write_text("{}"), ["conformal.json", "damaged"]),
         (lambda run: (run / "splits.json").unlink(), ["splits.json"]),
         (lambda run: truncate(run / "splits.json"), ["splits.json", "damaged"]),
         (lambda run: shutil.rmtree(run / "checkpoints" / "best"), ["checkpoints/best", "no checkpoint"]),

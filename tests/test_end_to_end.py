@@ -29,6 +29,13 @@ def rows_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def promised(workdir) -> set[str]:
+    """The masks that a trained folder promises something of."""
+    found = json.loads((workdir / "conformal.json").read_text())
+    kinds = ("outer", "inner")
+    return {f"{kind}_mask" for kind in kinds if any(one["threshold"] is not None for one in found[kind].values())}
+
+
 def scans_of(workdir) -> dict[str, Path]:
     """The example case that training leaves, by modality."""
     (folder,) = (workdir / "example").iterdir()
@@ -49,6 +56,10 @@ def test_a_trained_folder_explains_itself(trained, method):
     assert list((workdir / "tensorboard").glob("events*"))
     found = json.loads((workdir / "calibration.json").read_text())
     assert found["chosen"] in found["table"] and 0 < found["tau"] < 1
+    found = json.loads((workdir / "conformal.json").read_text())
+    assert found["patients"] == CASES["calibration"] and set(found["outer"]) == {"WT", "TC", "ET"}
+    assert found["dice"]["margin"] >= 0 and all(one["patients"] <= 9 for one in found["outer"].values())
+    assert all("needs 22 calibration patients" in one["reason"] for one in found["inner"].values())
     assert all(path.is_file() for path in scans_of(workdir).values())
 
     rows = rows_of(workdir)
@@ -65,6 +76,7 @@ def test_a_trained_folder_explains_itself(trained, method):
     # Shapes, memory and minutes are said before data is touched.
     printed = workdir.with_suffix(".log").read_text()
     words = ["parameters", "MB per device", "planned:", "train: 8 of 8 cases", "calibration: 9 of 9", "threshold:"]
+    words += ["guarantees: 9 patients", "No inner mask of WT at 10 % false: it needs 22"]
     places = [printed.index(word) for word in words]
     assert places == sorted(places)
 
@@ -140,7 +152,7 @@ def test_a_killed_run_ends_as_one_that_was_not(trained, command, small, tmp_path
     assert ours.keys() == theirs.keys() and sum("opt_state" in name for name in ours) > 100
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-    for name in ("calibration.json", "calibration.npz"):
+    for name in ("calibration.json", "calibration.npz", "conformal.json"):
         assert (workdir / name).read_bytes() == (whole / name).read_bytes()
 
 
@@ -149,6 +161,36 @@ def rows_of_torn(workdir):
     *lines, torn = (workdir / "metrics.jsonl").read_text().splitlines()
     assert torn == '{"step": 1'
     return [json.loads(line) for line in lines]
+
+
+def test_an_older_folder_gets_its_guarantees_without_training(trained, command, small, tmp_path):
+    workdir, output = shutil.copytree(trained("unet"), tmp_path / "unet"), tmp_path / "out"
+    (workdir / "conformal.json").unlink()
+    values = json.loads((workdir / "config.json").read_text())
+    del values["trust"]
+    (workdir / "config.json").write_text(json.dumps(values))
+    files = [f"{name}={path}" for name, path in scans_of(workdir).items()]
+    done = command("predict", f"--workdir={workdir}", f"--output={output}", *files)
+    assert "No guarantee: this model has no conformal.json" in done.stdout
+    assert not {"outer_mask", "inner_mask"} & set(maps_of(output))
+
+    kept = {name: (workdir / name).stat().st_mtime_ns for name in ("metrics.jsonl", "calibration.json")}
+    levels = ("--config.trust.fnr=0.3", "--config.trust.fdr=0.9", "--config.trust.coverage=0.75")
+    done = command("train", *small, *levels, "--config.method=unet", f"--workdir={workdir}")
+    assert "guarantees: 9 patients" in done.stdout and "calibration: 9 patients" not in done.stdout
+    assert kept == {name: (workdir / name).stat().st_mtime_ns for name in kept}
+    found = json.loads((workdir / "conformal.json").read_text())
+    assert found["levels"] == {"fnr": 0.3, "fdr": 0.9, "coverage": 0.75}
+    assert found["outer"]["WT"]["threshold"] is not None and "outer_mask" in promised(workdir)
+    done = command("predict", f"--workdir={workdir}", f"--output={output}", *files)
+    assert "The outer mask of WT misses at most 30 % of it" in done.stdout
+    maps = maps_of(output)
+    assert promised(workdir) == {"outer_mask", "inner_mask"} & set(maps)
+    check_geometry(maps, scans_of(workdir)["T1ce"])
+    report = json.loads((output / "report.json").read_text())
+    low, high = report["regions"]["WT"]["guaranteed_interval"]
+    assert 0 <= low <= high and report["trust"]["score"] > 0
+    assert report["predicted_dice_interval"][0] <= report["predicted_dice"] <= report["predicted_dice_interval"][1]
 
 
 # Evaluation ---------------------------------------------------------------------------------------------------
@@ -256,7 +298,7 @@ def test_prediction_from_all_modalities(trained, command, tmp_path):
     maps = maps_of(output)
     assert set(maps) == {
         "label", "probability", "error_probability", "entropy", "divergence", "conflict", "cause", "hypotheses",
-        *(f"attribution_{name}" for name in MODALITIES),
+        *(f"attribution_{name}" for name in MODALITIES), *promised(workdir),
     }  # fmt: skip
     check_geometry(maps, scans["T1ce"])
     check_values(maps)
@@ -308,7 +350,7 @@ def test_a_baseline_predicts_a_folder(trained, command, tmp_path, method):
     done = command("predict", f"--workdir={workdir}", f"--output={output}", f"--case={case}", "--hypotheses")
     maps = maps_of(output)
     several = {"divergence", "hypotheses"} if method == "deep_ensemble" else set()
-    assert set(maps) == {"label", "probability", "error_probability", "entropy"} | several
+    assert set(maps) == {"label", "probability", "error_probability", "entropy"} | several | promised(workdir)
     check_geometry(maps, scans_of(workdir)["T1ce"])
     check_values(maps)
     report = json.loads((output / "report.json").read_text())

@@ -413,7 +413,7 @@ def test_flow_with_a_made_up_model(tmp_path, monkeypatch, capsys):
     def load(workdir):
         return types.SimpleNamespace(
             name=workdir.name, config=config, splits={"train": ["case1"], "test": []}, rung="identity",
-            spacing=(), mesh=data_mesh(jax.devices()[:1]),
+            conformal=None, spacing=(), mesh=data_mesh(jax.devices()[:1]),
         )  # fmt: skip
 
     monkeypatch.setattr(evaluate.cli, "setup_devices", lambda: None)  # the tests' devices stay
@@ -530,6 +530,49 @@ def test_hypotheses_that_are_the_raters_get_perfect_scores_and_their_sizes_are_p
     with (tmp_path / "cases.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["raters"]) for row in rows] == [4, 3, 4, 3] and float(rows[0]["hm_iou"]) == pytest.approx(1)
+
+
+def test_what_became_of_the_guarantees(tmp_path, capsys):
+    found = []
+    for i in range(12):
+        case = volume(i)
+        truth = np.isin(case.label, (1, 2))
+        outer = truth.copy()
+        outer[:, :, 16:] &= i % 4 != 0  # every fourth patient loses what lies there
+        ml = float(truth.sum() * 3 / 1000)
+        promised = {
+            "outer_mask": {"whole": outer},
+            "inner_mask": {"whole": np.roll(truth, 1, axis=1) if i % 2 else np.zeros_like(truth)},
+            "dice": (0.0, 1.0) if i % 3 else (0.0, 0.0),
+            "volume": {"whole": (ml, ml) if i < 6 else (0.0, 0.9 * ml)},
+            "statements": [],
+        }
+        one = evaluate.score_predictions({"m": predict(case) | {"conformal": promised}}, {"m": case}, TARGETS)["m"]
+        found.append(one)
+        assert one.values["outer_fnr/whole"] == pytest.approx(np.mean(~outer[truth]))
+    about = {"data": "d", "split": "test", "command": "c", "code_version": None}
+    evaluate.write_results(tmp_path, {"m": found}, TARGETS, about, {"m": "W"}, resamples=20)
+    written = json.loads((tmp_path / "summary.json").read_text())["conformal"]
+    assert set(written) == set(summary.GUARANTEED)
+    mean = np.mean([one.values["outer_fnr/whole"] for one in found])
+    assert 0 < mean < 0.25 and written["outer_fnr"]["whole"]["value"] == pytest.approx(mean)
+    assert 0 < written["inner_fdr"]["whole"]["value"] < 0.5  # nothing marked, nothing false
+    assert written["dice_covered"]["value"] == pytest.approx(8 / 12) and written["dice_covered"]["n"] == 12
+    assert written["volume_covered"]["whole"]["value"] == pytest.approx(0.5)
+    assert "outer_fnr whole" in capsys.readouterr().out
+    # A patient without the region has nothing to miss.
+    case = dataclasses.replace(volume(0), label=np.zeros(SHAPE, np.int32))
+    none = {**promised, "outer_mask": {"whole": np.zeros(SHAPE, bool)}}
+    one = evaluate.score_predictions({"m": predict(case) | {"conformal": none}}, {"m": case}, TARGETS)["m"]
+    assert np.isnan(one.values["outer_fnr/whole"])
+
+
+def test_referral_leaves_the_better_cases(plain):
+    found = summary.summarise(plain, TARGETS, resamples=20)["referral"]
+    assert found["referred"] == pytest.approx([0, 1 / 11, 2 / 11, 3 / 11, 5 / 11])
+    assert found["dice"][0] == pytest.approx(np.mean([one.values["dice"] for one in plain]))
+    order = sorted(plain, key=lambda one: one.values["uncertainty"])
+    assert found["dice"][-1] == pytest.approx(np.mean([one.values["dice"] for one in order[:6]]))
 
 
 def test_methods_are_compared_against_raters_at_equal_numbers_of_hypotheses_only():

@@ -261,6 +261,18 @@ def test_a_prediction_has_all_its_maps(raw):
     assert done["seconds"] >= 0 and all(record["sentence"] for record in done["records"])
 
 
+def test_without_probing_the_mask_and_its_probabilities_are_the_same(raw, monkeypatch):
+    monkeypatch.setattr(inference, "probe", None)
+    found = examine(1, probed=False)
+    for name in ("label", "hypotheses", "mean", "one_step", "entropy", "gap"):
+        np.testing.assert_allclose(found[name], raw[name], atol=1e-6, err_msg=name)
+    assert found["predicted_dice"] == raw["predicted_dice"]
+    done, whole = finish(found, volume()), finish(dict(raw), volume())
+    np.testing.assert_allclose(done["probability_raw"], whole["probability_raw"], atol=1e-6)
+    assert done["trust"] == pytest.approx(whole["trust"]) and 0 < done["trust"]["score"] < 1
+    assert whole["trust"]["contested_ml"] >= 0 and whole["trust"]["gap"] > 0
+
+
 def test_nothing_is_found_outside_the_body(raw):
     case = volume()
     outside = ~case.body

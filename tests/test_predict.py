@@ -110,6 +110,7 @@ def trained(monkeypatch):
             "regions": {"lesion": {"volume_ml": 0.1, "interval": None}},
             "records": [],
             "seconds": 0.5,
+            "trust": {"score": 1 / len(bright), "predicted_dice": 0.9},
         }
 
     api = types.ModuleType("entrust_jax.api")
@@ -125,6 +126,7 @@ def run(tmp_path: Path, *arguments: str, **values) -> Path:
         "workdir": str(tmp_path),
         "output": str(tmp_path / "out"),
         "case": None,
+        "cases": None,
         "hypotheses": False,
     } | values
     with flagsaver.flagsaver(**given):
@@ -157,6 +159,41 @@ def test_a_case_folder_with_a_mask_of_unknown_values_is_predicted(tmp_path, scan
         (folder / f"P1_{suffix}.nii.gz").write_bytes(scan.read_bytes())
     out = run(tmp_path, case=str(folder))
     assert json.loads((out / "report.json").read_text())["case"] == "P1"
+
+
+def test_a_folder_of_cases_gets_an_order_of_referral(tmp_path, trained, capsys):
+    rng = np.random.default_rng(0)
+    for name, slices in (("calm", 4), ("worst", 6), ("odd", 5)):  # the network by hand trusts long scans less
+        folder = tmp_path / "cases" / name
+        folder.mkdir(parents=True)
+        values = rng.normal(100, 1, (12, 10, slices))
+        nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), np.eye(4)), folder / f"{name}_t1.nii.gz")
+    (tmp_path / "cases" / "broken").mkdir()
+    (tmp_path / "cases" / "broken" / "broken_t1.nii.gz").write_bytes(b"no scan")
+    (tmp_path / "cases" / "notes.txt").write_text("not a case")
+    with pytest.raises(UserError, match=r"1 of 4 cases were not predicted; the first: .*broken_t1"):
+        run(tmp_path, cases=str(tmp_path / "cases"))
+    lines = (tmp_path / "out" / "referral.csv").read_text().splitlines()
+    assert lines[0] == "review,case,score,predicted_dice"
+    assert [line.split(",")[:2] for line in lines[1:]] == [["1", "worst"], ["2", "odd"], ["3", "calm"]]
+    for name in ("calm", "worst", "odd"):
+        assert json.loads((tmp_path / "out" / name / "report.json").read_text())["case"] == name
+    assert not (tmp_path / "out" / "broken").exists() and "broken: not predicted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "case", "cases", "message"),
+    [
+        (["T1=x"], None, ".", "T1=x: goes not together with --cases"),
+        ([], "folder", ".", "--case: goes not together"),
+        ([], None, "nowhere", "nowhere: no such folder"),
+        ([], None, "{tmp}", "has no folder in it"),
+    ],
+)
+def test_wrong_folders_of_cases_are_one_line(tmp_path, arguments, case, cases, message):
+    with pytest.raises(UserError, match=message) as raised:
+        predict.parse_folders(arguments, case, cases.format(tmp=tmp_path))
+    assert "\n" not in str(raised.value)
 
 
 def test_a_modality_by_another_name(tmp_path, scan, trained):

@@ -280,6 +280,7 @@ def test_a_folder_belongs_to_one_config_but_its_data_may_move(config, tmp_path):
     assert json.loads((tmp_path / "version.json").read_text())["jax"] == jax.__version__
     moved = config.copy_and_resolve_references()
     moved.data.dir = "elsewhere"
+    moved.trust.fnr = 0.05  # is found anew without training
     train.check(tmp_path, moved)
     moved.train.learning_rate = 7.0
     moved.seed = 1
@@ -396,6 +397,8 @@ def test_data_that_cannot_be_read_leaves_no_split_behind(scans, tmp_path):
         ("data.label_map", ((0, 0), (1, 1), (2, 5)), "label_map"),
         ("data.label_map", (), "label_map"),
         ("data.regions", {"lesion": (1, 7)}, "regions.lesion"),
+        ("trust.fnr", 0.0, "config.trust.fnr is 0.0; give a share"),
+        ("trust.coverage", 1.0, "trust.coverage"),
     ],
 )
 def test_a_value_that_would_fail_after_training_fails_before_it(key, value, said, tmp_path):

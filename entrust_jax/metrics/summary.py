@@ -25,6 +25,9 @@ COUNTS = ("lesions", "lesions_missed", "lesions_spurious")  # per case and group
 PERMUTATIONS = 500
 RATER_METRICS = ("ged2", "hm_iou", "d_max", "ci_score")  # of hypotheses against several raters
 TOWER_RANGE = (0.1, 0.9)
+# What became of the guarantees (`conformal.apply`) on these patients.
+GUARANTEED = ("outer_fnr", "outer_size", "inner_fdr", "inner_size", "dice_covered", "volume_covered")
+REFERRED = (0.0, 0.1, 0.2, 0.3, 0.5)  # shares of the patients that a person looks at
 
 CONVENTIONS = {
     "patients": "cases of one patient are joined before anything else; intervals resample "
@@ -65,6 +68,12 @@ CONVENTIONS = {
     "in the ROI; the mean of the n points",
     "predicted_dice_mae": "mean |predicted Dice - dice_by_class| (mean over the foreground classes, "
     "empty truth with empty prediction 1: what the prediction estimates)",
+    "conformal": "per region, mean over patients: outer_fnr, share of the truth outside the outer mask, patients with "
+    "the region only; inner_fdr, share of the inner mask outside the truth, 0 for an empty mask; outer_size and "
+    "inner_size, the mask's voxels over the truth's; dice_covered and volume_covered, share of the patients (of one "
+    "with several cases: of these) whose true Dice (dice_by_class) or volume lies in its interval",
+    "referral": "mean dice of the patients that are left when the share `referred` with the largest mean error "
+    "probability in the ROI goes to a person; the nearest whole number of patients, of equals the mean",
     "hypothesis_diversity": "E d(X, X'), d = 1 - IoU averaged over the foreground classes, empty with "
     "empty IoU 1, unbiased over pairs (comparable between numbers of "
     "hypotheses)",
@@ -186,6 +195,8 @@ def score_case(
     if prediction.get("predicted_dice") is not None:
         values["predicted_dice"] = float(prediction["predicted_dice"])
         values["predicted_dice_error"] = abs(values["predicted_dice"] - values["dice_by_class"])
+    if prediction.get("conformal") is not None:
+        values |= _coverage(prediction["conformal"], values)
     hypotheses = prediction.get("hypotheses")
     if hypotheses is not None:
         values["hypothesis_diversity"] = distribution.diversity(hypotheses, targets.foreground(), "u")
@@ -237,11 +248,49 @@ def _score_rater(
     wrong = delivered != truth
     sums["error"] = usefulness.score_histogram(prediction["error_probability"], wrong, inside)
     sums["entropy_error"] = usefulness.score_histogram(entropy, wrong, inside)
+    if prediction.get("conformal") is not None:
+        values |= _mask_risks(prediction["conformal"], truth, known, targets)
     if prediction.get("unimodal") is not None:
         for m in np.flatnonzero(prediction["present"]):
             dice = headline_dice(np.argmax(prediction["unimodal"][m], axis=-1), label, targets)
             values[f"unimodal_dice/{targets.modalities[m]}"] = dice
     return values, sums
+
+
+def _mask_risks(
+    promised: Mapping[str, Any],
+    truth: Integer[np.ndarray, "d h w"],
+    known: Bool[np.ndarray, "d h w"],
+    targets: Targets,
+) -> dict[str, float]:
+    """Losses and sizes of the guaranteed masks; NaN where there is no truth to compare with."""
+    values, groups = {}, targets.groups()
+    for region, mask in promised["outer_mask"].items():
+        true = overlap.mask_of(truth, groups[region])
+        values[f"outer_fnr/{region}"] = _share(true & ~mask, true)
+        values[f"outer_size/{region}"] = _share(mask & known, true)
+    for region, mask in promised["inner_mask"].items():
+        true = overlap.mask_of(truth, groups[region])
+        values[f"inner_fdr/{region}"] = _share(mask & known & ~true, mask & known, empty=0.0)
+        values[f"inner_size/{region}"] = _share(mask & known, true)
+    return values
+
+
+def _share(part: Bool[np.ndarray, "*s"], whole: Bool[np.ndarray, "*s"], empty: float = float("nan")) -> float:
+    size = np.count_nonzero(whole)
+    return np.count_nonzero(part) / size if size else empty
+
+
+def _coverage(promised: Mapping[str, Any], values: Mapping[str, float]) -> dict[str, float]:
+    """Whether the true Dice and volumes (the raters' mean) lie in their intervals: 1 or 0."""
+    found = {}
+    if promised["dice"] is not None:
+        low, high = promised["dice"]
+        found["dice_covered"] = float(low - 1e-9 <= values["dice_by_class"] <= high + 1e-9)
+    for region, (low, high) in promised["volume"].items():
+        true = values[f"true_volume_ml/{region}"]
+        found[f"volume_covered/{region}"] = float(low * (1 - 1e-9) - 1e-9 <= true <= high * (1 + 1e-9) + 1e-9)
+    return found
 
 
 def _rater_scores(
@@ -500,6 +549,12 @@ def summarise(cases: Sequence[Scores], targets: Targets, *, resamples: int = sta
     ):
         if key in done:
             summary[key] = done[key]
+    for key in done:
+        metric, _, region = key.partition("/")
+        if metric in GUARANTEED:
+            one = summary.setdefault("conformal", {}).setdefault(metric, {})
+            one |= {region: done[key]} if region else done[key]
+    summary["referral"] = referral(patients)
     if "ged2" in done:
         summary |= {key: {**done[key], **set_sizes(cases)} for key in RATER_METRICS}
     alone = {key.partition("/")[2]: one for key, one in done.items() if key.startswith("unimodal_dice/")}
@@ -517,6 +572,17 @@ def summarise(cases: Sequence[Scores], targets: Targets, *, resamples: int = sta
             "stratified_by": [patients[0].entropy_source, "border distance"],
         }
     return summary
+
+
+def referral(patients: Sequence[Scores]) -> dict[str, list[float]]:
+    """The referral curve at the shares of REFERRED: {"referred", "dice"}; of patients that have a Dice."""
+    pairs = risk_and_confidence(patients)
+    pairs = pairs[np.isfinite(pairs).all(axis=1)]
+    if not len(pairs):
+        return {"referred": [], "dice": []}
+    shares, dice = usefulness.referral_curve(1 - pairs[:, 0], -pairs[:, 1])
+    nearest = [int(np.argmin(np.abs(shares - share))) for share in REFERRED]
+    return {"referred": [float(shares[i]) for i in nearest], "dice": [float(dice[i]) for i in nearest]}
 
 
 def set_sizes(cases: Sequence[Scores]) -> dict[str, Any]:

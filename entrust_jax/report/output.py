@@ -46,6 +46,11 @@ MAPS = {
     ),
     "conflict": ("conflict", "how strongly two scans support different classes, 0 to 1"),
 }
+# file stem -> meaning; what is guaranteed of them stands in the report
+MASKS = {
+    "outer_mask": "what the region does not reach beyond, but for a guaranteed share of it",
+    "inner_mask": "what belongs to the region, but for a guaranteed share of the mask",
+}
 
 
 @contextmanager
@@ -202,6 +207,12 @@ def write_prediction(
                         "positive supports it, negative argues against it"
                     )
                     write(stem, prediction["attribution"][m], np.float32, meaning)
+            promised: Mapping[str, Any] = prediction.get("conformal") or {}
+            for stem, meaning in MASKS.items() if promised else ():
+                if own := promised[stem]:
+                    write(stem, *stacked(own, meaning))
+                else:
+                    absent[f"{stem}.nii.gz"] = "no such mask is guaranteed: see guarantees"
             if "hypotheses" not in prediction:
                 absent["hypotheses.nii.gz"] = why_absent("hypotheses", method)
             elif not hypotheses:
@@ -235,6 +246,9 @@ def write_prediction(
                     "geometry_from": scan.name,
                 },
                 "predicted_dice": prediction.get("predicted_dice"),
+                "predicted_dice_interval": promised.get("dice"),
+                "trust": prediction.get("trust"),
+                "guarantees": promised.get("statements", []),
                 "regions": {
                     word: {
                         "classes": [classes[index] for index in regions[word]],
@@ -242,6 +256,7 @@ def write_prediction(
                         if found.get("interval")
                         else None,
                         **found,
+                        "guaranteed_interval": promised.get("volume", {}).get(word),
                     }
                     for word, found in prediction["regions"].items()
                 },
@@ -267,6 +282,14 @@ def write_prediction(
             (folder / REPORT).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{output}: cannot be written ({error.strerror or error}); name another folder") from error
+
+
+def stacked(masks: Mapping[str, np.ndarray], meaning: str) -> tuple[np.ndarray, Any, str, int | None]:
+    """Masks by region as one map: along a fourth axis where there are several. What `write` takes after the stem."""
+    names, arrays = ", ".join(masks), list(masks.values())
+    if len(arrays) == 1:
+        return arrays[0], np.uint8, f"{meaning} ({names})", None
+    return np.stack(arrays, axis=-1), np.uint8, f"{meaning}; fourth axis: {names}", -1
 
 
 def why_absent(key: str, method: str) -> str:

@@ -3,7 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Bool, Float, Integer, UInt8
+from scipy import ndimage
+
+from entrust_jax.metrics import calibration, usefulness
+
+CONTESTED = 0.2  # conflict from which a voxel counts as contested
+DOUBTFUL = 0.2  # error probability from which a voxel is up for review
 
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 
@@ -142,3 +148,34 @@ def volumes(
         interval = [float(v) for v in np.percentile(ml, [5, 95])] if len(ml) > 1 else None
         result[name] = {"volume_ml": float(ml.mean()), "interval": interval}
     return result
+
+
+def trust(
+    error: Float[np.ndarray, "d h w"],
+    probability: Float[np.ndarray, "d h w k"],
+    body: Bool[np.ndarray, "d h w"],
+    voxel_ml: float,
+    predicted_dice: float | None,
+    conflict: Float[np.ndarray, "d h w"] | None = None,
+    gap: Float[np.ndarray, "d h w"] | None = None,
+) -> dict[str, float | None]:
+    """How far a whole result can be trusted: one score, and what else speaks for or against it (ours).
+
+    score               1 - mean error probability where the foreground is likelier than 5 %, dilated by 5 voxels (in
+                        the body where that is nowhere): the share of voxels there that should be right. Its order is
+                        that of evaluate's risk-coverage curve; the least trusted case is the first to refer.
+    predicted_dice      as given
+    contested_ml        volume with conflict above .2; None without a conflict map
+    largest_doubtful_ml largest connected part of {error > .2}
+    gap                 mean |p_1 - p_bar|_1 / 2 in the same place as the score; None without one
+    """
+    near = calibration.region_of_interest([probability[..., 0]])
+    parts, count = ndimage.label(error > DOUBTFUL)  # type: ignore[misc]
+    largest = int(np.bincount(parts.ravel())[1:].max()) if count else 0
+    return {
+        "score": 1.0 - usefulness.mean_inside(error, near, body),
+        "predicted_dice": predicted_dice,
+        "contested_ml": None if conflict is None else float((conflict > CONTESTED).sum() * voxel_ml),
+        "largest_doubtful_ml": largest * voxel_ml,
+        "gap": None if gap is None else usefulness.mean_inside(gap, near, body),
+    }

@@ -159,7 +159,9 @@ def test_report_names_every_file_and_every_absence(tmp_path, stored):
         "interval_means": "5th to 95th percentile over the hypotheses",
         "volume_ml": 1.0,
         "interval": [0.5, 1.5],
+        "guaranteed_interval": None,
     }
+    assert found["guarantees"] == [] and found["predicted_dice_interval"] is None
     (review,) = found["review"]
     assert review["cause"] == "conflict" and "contradict" in review["sentence"]
     assert stored[tuple(review["scan_voxel"])] == 4
@@ -177,6 +179,36 @@ def test_a_method_without_hypotheses_says_what_is_absent(tmp_path, stored):
     assert found["predicted_dice"] is None
     assert found["modalities"]["missing"] == ["FLAIR"]
     assert found["modalities"]["geometry_from"] == "T1.nii.gz"
+
+
+def test_guaranteed_masks_lie_on_the_scan_and_refusals_are_said(tmp_path, stored):
+    volume = read(tmp_path, stored)
+    prediction = make_prediction(volume, stored)
+    core = canonical(stored) == 4
+    promised = {
+        "outer_mask": {"whole": canonical(stored) > 0, "core": core},
+        "inner_mask": {"core": core},
+        "dice": (0.7, 0.9),
+        "volume": {"whole": (0.25, 2.0)},
+        "statements": ["The outer mask misses at most 10 %.", "No inner mask of whole."],
+    }
+    write(tmp_path / "out", prediction | {"conformal": promised, "trust": {"score": 0.9}}, volume)
+    outer, inner = (nibabel.load(tmp_path / "out" / f"{kind}_mask.nii.gz") for kind in ("outer", "inner"))
+    assert outer.get_data_dtype() == inner.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(np.asarray(outer.dataobj), np.stack([stored > 0, stored == 4], -1))
+    np.testing.assert_array_equal(np.asarray(inner.dataobj), stored == 4)  # one region: no fourth axis
+    np.testing.assert_array_equal(outer.affine, AFFINE)
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "fourth axis: whole, core" in found["files"]["outer_mask.nii.gz"]
+    assert found["files"]["inner_mask.nii.gz"].endswith("(core)")
+    assert found["guarantees"] == promised["statements"] and found["trust"] == {"score": 0.9}
+    assert found["predicted_dice_interval"] == [0.7, 0.9]
+    assert found["regions"]["whole"]["guaranteed_interval"] == [0.25, 2.0]
+    none = promised | {"outer_mask": {}, "inner_mask": {}, "dice": None, "volume": {}}
+    write(tmp_path / "out", prediction | {"conformal": none}, volume)
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {"outer_mask.nii.gz", "inner_mask.nii.gz"} == set(found["absent"])
+    assert not list((tmp_path / "out").glob("*_mask.nii.gz"))
 
 
 def test_hypotheses_only_on_demand(tmp_path, stored):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from entrust_jax.trustmap.case import THRESHOLDS, choose_threshold, dice_bayes, threshold_action, volumes
+from entrust_jax.trustmap.case import THRESHOLDS, choose_threshold, dice_bayes, threshold_action, trust, volumes
 
 
 def dice(a: np.ndarray, b: np.ndarray, classes: int) -> list[float]:
@@ -106,3 +106,20 @@ def test_volumes_by_hand():
     assert result["whole"]["interval"] == pytest.approx(np.percentile([1.0, 2.0, 1.5], [5, 95]))
     assert result["core"]["volume_ml"] == pytest.approx(0.5)
     assert volumes(labels[:1], {"whole": (1,)}, 1.0)["whole"] == {"volume_ml": 2.0, "interval": None}
+
+
+def test_trust_by_hand():
+    error = np.full((1, 20, 20), 0.01, np.float32)
+    p = np.zeros((1, 20, 20, 2), np.float32)
+    p[..., 0] = 1.0
+    body = np.ones((1, 20, 20), bool)
+    calm = trust(error, p, body, 0.5, 0.8)
+    assert calm["score"] == pytest.approx(0.99) and calm["predicted_dice"] == 0.8  # no foreground: the whole body
+    assert calm["largest_doubtful_ml"] == 0 and calm["contested_ml"] is None and calm["gap"] is None
+    p[0, 10, 10] = (0.5, 0.5)  # the place to look at: 11 x 11 voxels around this one
+    error[0, 10, 9:12], error[0, 0, 0], error[0, 12, 10] = 0.6, 1.0, 0.5
+    conflict = np.where(error > 0.55, 0.3, 0.1).astype(np.float32)
+    found = trust(error, p, body, 0.5, None, conflict, 2 * error)
+    mean = (117 * 0.01 + 3 * 0.6 + 0.5) / 121
+    assert found["score"] == pytest.approx(1 - mean) and found["gap"] == pytest.approx(2 * mean)
+    assert found["largest_doubtful_ml"] == 1.5 and found["contested_ml"] == 2.0
