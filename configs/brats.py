@@ -9,7 +9,7 @@ demo prints its validation Dice; that of the full setting is not known.
 
 By registration, on the terms of these pages: 2020 https://www.med.upenn.edu/cbica/brats2020/data.html, 2021
 https://www.cancerimagingarchive.net/analysis-result/rsna-asnr-miccai-brats-2021, 2023
-https://www.synapse.org/Synapse:syn51156910, 2024 the challenge's own page at synapse.org.
+https://www.synapse.org/Synapse:syn51156910, 2024 from the challenge's page there.
 
 The folder holds one folder a case, BraTS 2020 / 2021 (NAME_t1.nii.gz ...) or 2023 / 2024 (NAME-t1n.nii.gz ...) names.
 gli2024 has the labels of BraTS 2024 GLI (de Verdier et al. 2024, arXiv 2405.18368), the resection cavity RC among them,

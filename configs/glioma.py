@@ -6,7 +6,7 @@
 TCGA-LGG scans (https://www.cancerimagingarchive.net/collection/tcga-lgg) with the masks of Buda et al. 2019 (doi
 10.1016/j.compbiomed.2019.05.002), research use only: https://www.kaggle.com/datasets/mateuszbuda/lgg-mri-segmentation.
 That page ships one TIFF a slice, the sequences as channels: write them as imagesTr/NAME_0000.nii.gz (T1), _0001
-(FLAIR), _0002 (T1ce), labelsTr/NAME.nii.gz and dataset.json.
+(FLAIR), _0002 (T1ce), labelsTr/NAME.nii.gz and dataset.json. TIFF has no spacing: millimetres mean nothing there.
 
 Train on one hospital, test on the other:
 --config.data.split.test_pattern=LGG_CS. Time: 15 minutes of training planned on two idle CPU cores, 22 measured beside

@@ -6,7 +6,9 @@ augmentation changes it) and O/check.json. Leaves with 2 where a case cannot be 
 where there are only warnings. Of a phantom the first 16.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +39,12 @@ def main(argv: Sequence[str]) -> None:
     train.check(output, config)
     cli.setup_devices(at_most=config.train.batch)
     found, errors = inspect(config, output)
-    if not errors:
-        found["plan"] = plan(config, found)
     from entrust_jax.runtime import logs
 
-    logs.write_json(output / "check.json", found | {"errors": errors})
+    logs.write_json(output / "check.json", found | {"errors": errors})  # whatever comes of the plan
+    if not errors:
+        found["plan"] = plan(config, found)
+        logs.write_json(output / "check.json", found | {"errors": errors})
     print(f"\n{output}/check.png: look at it: orientation, outlines, modalities in their columns")
     if (output / "augmented.png").exists():
         print(f"{output}/augmented.png: look at it too: augmentation should make what scanners make of a patch")
@@ -140,44 +143,58 @@ def print_found(found: dict[str, Any]) -> None:
 def plan(config: Any, found: dict[str, Any]) -> dict[str, Any]:
     """Compiles every stage, times its step on two batches of a case, and says what training costs.
 
-    An epoch has the slices with a body, on the working grid, of the labelled cases in the training part.
+    An epoch has the slices with a body, on the working grid, of the labelled cases in the training part. Batches are
+    made beside the steps, so the slower of the two sets the pace.
     """
     from entrust_jax import api, train
-    from entrust_jax.data import dataset
     from entrust_jax.runtime import mesh
 
     devices, network = mesh.data_mesh(), api.network_of(config)
     stages = train.plan_stages(config, network)
     programs = {stage.name: train.compile_stage(config, network, stage, devices) for stage in stages}
+    batches, making = two_batches(config, found, devices)
+    if batches:
+        for stage in stages:
+            own = programs[stage.name]
+            seconds = max(making, train.step_seconds(config, stage, own.call, devices, batches))
+            programs[stage.name] = dataclasses.replace(own, step_seconds=seconds)
     train.print_plan(config, stages, programs, devices, cli.default_workdir(config))
-    volumes, _ = dataset.read(config.data, [found["shown"]], config.seed, tuple(found["working_spacing"]))
-    batches = pipeline_batches(config, volumes, devices)
     slices, size = found["epoch"], mesh.round_to_devices(config.train.batch, devices)
+    source = f"measured on two batches of {found['shown']}" if batches else "measured on empty batches"
     costs = {}
     for stage in stages:
         own = programs[stage.name]
-        seconds = sum(train.step_seconds(config, stage, own.call, devices, batches)) / 2
-        minutes, passes = slices / size * seconds / 60, stage.steps * size / max(slices, 1)
+        minutes, passes = slices / size * own.step_seconds / 60, stage.steps * size / max(slices, 1)
         print(
-            f"  {stage.name}: an epoch of {slices} slices takes {minutes:.1f} min, measured on two batches of "
-            f"{found['shown']}; the plan is {passes:.1f} epochs"
+            f"  {stage.name}: an epoch of {slices} slices takes {minutes:.1f} min, {source}; "
+            f"the plan is {passes:.1f} epochs"
         )
         costs[stage.name] = {
             "steps": stage.steps,
-            "seconds_per_step": seconds,
+            "seconds_per_step": own.step_seconds,
             "compile_seconds": own.compile_seconds,
             "megabytes_per_device": own.memory_mb,
         }
     return costs
 
 
-def pipeline_batches(config: Any, volumes: list[Any], devices: Any) -> Callable[[], Any]:
-    """Makes the next training batch of these volumes and puts it where the step wants it."""
-    from entrust_jax import train
-    from entrust_jax.data import pipeline
+def two_batches(config: Any, found: dict[str, Any], devices: Any) -> tuple[list[Any], float]:
+    """Two training batches of the case shown, where the step wants them, and the seconds after which there is one more.
 
-    batches = pipeline.iterate(train.training_data(config, volumes, devices), 0)
-    return lambda: train.place(config, next(batches), devices)
+    None of a case without a body.
+    """
+    from entrust_jax import train
+    from entrust_jax.data import dataset, pipeline
+
+    (volume, *_), _ = dataset.read(config.data, [found["shown"]], config.seed, tuple(found["working_spacing"]))
+    if not volume.body.any():
+        return [], 0.0
+    data, batches = train.training_data(config, [volume], devices), []
+    pipeline.batch_at(data, 0)  # the first one also loads what making needs
+    began = time.perf_counter()
+    for i in range(2):
+        batches.append(train.place(config, pipeline.batch_at(data, i), devices))
+    return batches, (time.perf_counter() - began) / 2 / pipeline.THREADS
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from entrust_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
+THREADS = 2  # that make batches beside the steps
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
@@ -263,7 +265,7 @@ def batch_at(dataset: grain.MapDataset, step: int) -> Batch:
     return cast(Batch, dataset[step])
 
 
-def iterate(dataset: grain.MapDataset, start: int, *, threads: int = 2, buffer: int = 4) -> Iterator[Batch]:
+def iterate(dataset: grain.MapDataset, start: int, *, threads: int = THREADS, buffer: int = 4) -> Iterator[Batch]:
     """Batches from step `start` on, made ahead by `threads` threads, at most `buffer` of them waiting."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
     return iter(dataset[start:].to_iter_dataset(options))

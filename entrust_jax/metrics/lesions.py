@@ -22,8 +22,7 @@ MISSED_HD95 = 374.0  # mm: the diagonal of a BraTS volume (240 x 240 x 155 voxel
 
 @dataclass(frozen=True)
 class Rule:
-    """How often the truth grows by a voxel, and the volume in mm^3 (2-D: area in mm^2) up to which a lesion is not
-    scored."""
+    """How often the truth grows by a voxel, and the volume in mm^3 up to which a lesion is not scored."""
 
     dilation: int
     floor: float
@@ -33,14 +32,18 @@ RULES = {"glioma": Rule(dilation=3, floor=50.0), "metastases": Rule(dilation=1, 
 
 
 def scores(
-    prediction: Bool[np.ndarray, "*s"], truth: Bool[np.ndarray, "*s"], spacing: Sequence[float], rule: Rule
+    prediction: Bool[np.ndarray, "*s"],
+    truth: Bool[np.ndarray, "*s"],
+    spacing: Sequence[float],
+    rule: Rule,
+    thickness: float = 1.0,
 ) -> dict[str, float]:
-    """Figures of one case; spacing in mm.
+    """Figures of one case; spacing in mm. `thickness` is that of a picture of two axes, in mm.
 
     lesion_dice, lesion_hd95 (mm, area-weighted): means over the scored lesions and the pieces without one. lesion_f1:
     2 found / (2 found + missed + spurious). lesions, lesions_missed: scored lesions of the truth, and how many of them
     no piece meets; lesions_spurious: pieces without a lesion. Where there is neither lesion nor piece the first three
-    are NaN (the challenge's own evaluation says Dice 1 and HD95 0).
+    are 1, 0 and 1, as in the challenge's own evaluation.
 
     Growing is by the 18 neighbours (8 in 2-D), in voxels as in the challenge, whose voxels have 1 mm; pieces hang
     together by 26 (8).
@@ -55,7 +58,9 @@ def scores(
     meeting = (grown > 0) & prediction
     met = np.zeros((count + 1, guesses + 1), bool)
     met[grown[meeting], pieces[meeting]] = True
-    volumes = np.bincount(grown[truth], minlength=count + 1) * np.prod(spacing)
+    volumes = (
+        np.bincount(grown[truth], minlength=count + 1) * np.prod(spacing) * (thickness if truth.ndim == 2 else 1.0)
+    )
     scored = [lesion for lesion in range(1, count + 1) if volumes[lesion] > rule.floor]
     found = [lesion for lesion in scored if met[lesion].any()]
     spurious = int(guesses - met.any(axis=0).sum())
@@ -70,9 +75,9 @@ def scores(
     wrong = len(scored) - len(found) + spurious
     total = len(scored) + spurious
     return {
-        "lesion_dice": sum(dice for dice, _ in compared) / total if total else float("nan"),
-        "lesion_hd95": (sum(hd95 for _, hd95 in compared) + wrong * MISSED_HD95) / total if total else float("nan"),
-        "lesion_f1": 2 * len(found) / (2 * len(found) + wrong) if total else float("nan"),
+        "lesion_dice": sum(dice for dice, _ in compared) / total if total else 1.0,
+        "lesion_hd95": (sum(hd95 for _, hd95 in compared) + wrong * MISSED_HD95) / total if total else 0.0,
+        "lesion_f1": 2 * len(found) / (2 * len(found) + wrong) if total else 1.0,
         "lesions": float(len(scored)),
         "lesions_missed": float(len(scored) - len(found)),
         "lesions_spurious": float(spurious),

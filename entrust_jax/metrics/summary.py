@@ -44,11 +44,11 @@ CONVENTIONS = {
     "counted in empty; a case of one slice has a contour in place of a surface, here and in what follows",
     "nsd": "normalised surface Dice: share of both surfaces within tolerance_mm of the other one; area_weighted = "
     "DeepMind's surface-distance and MONAI with use_subvoxels, voxels (nsd_voxels) = MONAI; 0 where one mask is empty, "
-    "both empty left out and counted in empty",
+    "both empty left out and counted in empty; where the header's spacing is nominal, so is the tolerance",
     "lesion_dice": "BraTS 2023: the truth grown by `dilation` voxels (18 neighbours), what touches then is one lesion; "
     "every piece of the prediction (26 neighbours) that meets it is its own; mean over the lesions above floor_mm3 and "
-    "the pieces without a lesion, missed lesions and such pieces 0; neither lesion nor piece: left out and counted in "
-    "empty (the challenge says 1)",
+    "the pieces without a lesion, missed lesions and such pieces 0; neither lesion nor piece: 1 (lesion_hd95 "
+    "0). Voxels without a label are background on both sides, and may part a lesion",
     "lesion_hd95": "mm, the same with hd95 area_weighted; missed lesions and pieces without a lesion 374 mm",
     "lesion_f1": "2 found / (2 found + missed + spurious) of the same lesions and pieces, per case",
     "roi": "union over the compared methods of {foreground probability > .05}, "
@@ -343,12 +343,16 @@ def _surfaces(
     """What is measured in mm between two masks. The caps of a single slice would be surface that cannot be wrong, so
     that slice is taken as a picture."""
     if len(ours) == 1:
-        return _measured(ours[0], theirs[0], spacing[1:], rule)
+        return _measured(ours[0], theirs[0], spacing[1:], rule, spacing[0])
     return _measured(ours, theirs, spacing, rule)
 
 
 def _measured(
-    ours: Bool[np.ndarray, "*s"], theirs: Bool[np.ndarray, "*s"], spacing: Sequence[float], rule: lesions.Rule
+    ours: Bool[np.ndarray, "*s"],
+    theirs: Bool[np.ndarray, "*s"],
+    spacing: Sequence[float],
+    rule: lesions.Rule,
+    thickness: float = 1.0,
 ) -> dict[str, float]:
     nsd = 0.0 if ours.any() or theirs.any() else float("nan")  # of an empty mask, as in surface.nsd
     found = dict.fromkeys(("hd95", "hd95_pooled", "hd95_area_weighted"), float("nan")) | {"nsd": nsd, "nsd_voxels": nsd}
@@ -363,7 +367,7 @@ def _measured(
             "nsd": surface.share_within(elements, areas, NSD_TOLERANCE),
             "nsd_voxels": surface.share_within(voxels, once, NSD_TOLERANCE),
         }
-    return found | lesions.scores(ours, theirs, spacing, rule)
+    return found | lesions.scores(ours, theirs, spacing, rule, thickness)
 
 
 def headline_dice(delivered: Integer[np.ndarray, "*s"], label: Integer[np.ndarray, "*s"], targets: Targets) -> float:

@@ -1,3 +1,5 @@
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -60,15 +62,49 @@ def test_what_is_known_needs_no_child(cache, monkeypatch):
         aside.compiled(lower, 3.0)
 
 
-@pytest.mark.parametrize("broken", ["unpicklable", "child"])
-def test_what_a_child_cannot_do_is_done_here(cache, broken, monkeypatch):
-    if broken == "child":
-        monkeypatch.setattr(aside.sys, "executable", "false")
-    scale = 2.0
+@pytest.mark.parametrize("broken", ["unpicklable", "child", "interpreter"])
+def test_what_a_child_cannot_do_is_done_here_and_said(cache, broken, monkeypatch, capsys):
+    if broken != "unpicklable":
+        monkeypatch.setattr(aside.sys, "executable", "false" if broken == "child" else "/nowhere/python")
     function = (lambda s: lower(s)) if broken == "unpicklable" else lower
-    (program,), compiled_here = misses(lambda: aside.compiled(function, scale))
+    (program,), compiled_here = misses(lambda: aside.compiled(function, 2.0))
     assert compiled_here == 1 and program(jnp.zeros((8, 8))).shape == (8, 8)
-    assert not (cache / "aside").exists()
+    assert "steps will be slower" in capsys.readouterr().out
+
+
+def test_an_emptied_cache_is_filled_by_a_child_at_the_next_start(cache):
+    aside.compiled(lower, 2.0)
+    for path in cache.iterdir():
+        if path.is_file():
+            path.unlink()
+    assert misses(lambda: aside.compiled(lower, 2.0))[1] == 1  # the mark was wrong
+    for path in cache.iterdir():
+        if path.is_file():
+            path.unlink()
+    assert misses(lambda: aside.compiled(lower, 2.0))[1] == 0
+
+
+def test_modules_of_the_current_folder_are_not_the_childs(cache, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "jax.py").write_text("raise ImportError('foreign')")
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setattr(aside.sys, "path", [path for path in aside.sys.path if path])
+    assert misses(lambda: aside.compiled(lower, 2.0))[1] == 0
+
+
+def test_a_cache_switched_off_needs_no_child(cache, monkeypatch):
+    monkeypatch.setattr(aside, "_in_child", lambda *_: pytest.fail("a child"))
+    with off():
+        assert aside.compiled(lower, 2.0)[0](jnp.zeros((8, 8))).shape == (8, 8)
+
+
+@contextlib.contextmanager
+def off():
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
 
 
 def test_short_work_is_compiled_here(cache, monkeypatch):
