@@ -311,10 +311,15 @@ def write_results(
             print_headline(results)
     if several:
         comparison = summary.compare(scores, resamples=resamples)
-        results = {"made_by": MAKER, **about, "workdirs": dict(workdirs), **comparison}
+        rule = lesions.RULES[targets.lesion_rule]
+        conventions = (
+            f"NSD within {summary.NSD_TOLERANCE:g} mm, by area. Lesions by the {targets.lesion_rule} rule of BraTS "
+            f"2023: grown by {rule.dilation} voxels, none of {rule.floor:g} mm^3 or less."
+        )
+        results = {"made_by": MAKER, **about, "conventions": conventions, "workdirs": dict(workdirs), **comparison}
         logs.write_json(folder / "comparison.json", results)
         table = summary.comparison_table(comparison)
-        note = f"{about['data']}, split {about['split']}; differences paired by patient.\n\n"
+        note = f"{about['data']}, split {about['split']}; differences paired by patient. {conventions}\n\n"
         (folder / "comparison.md").write_text(f"# Comparison\n\n{note}{table}", encoding="utf-8")
         draw_risk_coverage(folder / "risk_coverage.png", scores)
         print(table)

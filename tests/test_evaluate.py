@@ -331,7 +331,8 @@ def test_results_of_several_methods_are_written(tmp_path, plain, sharp):
     about = {"data": "phantom", "split": "test"}
     evaluate.write_results(tmp_path, {"a": plain, "b": sharp}, TARGETS, about, {"a": "A", "b": "B"}, resamples=30)
     assert (tmp_path / "a" / "summary.json").is_file() and (tmp_path / "b" / "cases.csv").is_file()
-    assert (tmp_path / "comparison.md").read_text().count("\n|") > 8
+    table = (tmp_path / "comparison.md").read_text()
+    assert table.count("\n|") > 8 and "NSD within 2 mm" in table and "the glioma rule of BraTS 2023" in table
     assert json.loads((tmp_path / "comparison.json").read_text())["reference"] == "a"
     assert (tmp_path / "risk_coverage.png").is_file()
 

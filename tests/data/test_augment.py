@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from scipy import ndimage
@@ -170,6 +170,7 @@ def test_a_kind_happens_as_often_as_it_is_told(plane):
     assert 5 < (noise & bias).sum() < 26
 
 
+@example(274, (1.0, 1.0))
 @given(st.integers(0, 10**6), st.sampled_from([(1.0, 1.0), (0.8, 3.2)]))
 @settings(max_examples=25, deadline=None)
 def test_image_label_and_body_move_together(seed, spacing):
@@ -192,7 +193,8 @@ def test_image_label_and_body_move_together(seed, spacing):
     scale = np.diag(spacing)
     inside = np.linalg.svd(scale @ move.matrix @ np.linalg.inv(scale), compute_uv=False)
     assert inside.min() >= 1 / 1.1 - 1e-9 and inside.max() <= 1 / 0.9 + 1e-9
-    assert not np.array_equal(out["label"], label)
+    # Interpolated grey values show the smallest move; a label's nearest voxels may all stay (seed 274).
+    assert not np.array_equal(out["image"], image)
     # Positions are what the moved scan would be given, up to the roundness of voxels.
     fresh = coordinates(out["body"][None])[0]
     if spacing[0] == spacing[1]:
