@@ -107,6 +107,11 @@ def check(workdir: Path, config: Any) -> None:
     if data.reference not in data.modalities:
         raise UserError(f"config.data.reference is {data.reference!r}; set it to one of {', '.join(data.modalities)}")
     path = workdir / "config.json"
+    if not path.exists() and (workdir / "checkpoints").exists():
+        raise UserError(
+            f"{workdir}: holds checkpoints but no config.json, so nothing says what they are of; remove the folder, or "
+            "name another --workdir"
+        )
     if path.exists():
         old, values = json.loads(api.read_config(workdir).to_json()), json.loads(config.to_json())
         then, now = _flat(old), _flat(values)

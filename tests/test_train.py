@@ -288,6 +288,15 @@ def test_a_folder_belongs_to_one_config_but_its_data_may_move(config, tmp_path):
         train.check(tmp_path, moved)
 
 
+def test_checkpoints_of_nobody_knows_what_are_not_gone_on_from(config, tmp_path):
+    train.check(tmp_path, config)
+    (tmp_path / "checkpoints" / "last").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds checkpoints but no config\.json"):
+        train.check(tmp_path, config)
+    train.claim(tmp_path, config)
+    train.check(tmp_path, config)
+
+
 def test_an_unknown_method_names_those_there_are(config, tmp_path):
     odd = config.copy_and_resolve_references()
     odd.method = "magic"
