@@ -40,7 +40,7 @@ NETWORK_STAGES = {"entrust": ("enfuse", "segdiff"), "unet": ("unet",), "deep_ens
 SLOW = 0.1  # learning rate of EnFuse relative to SegDiff in stage 2a
 KAPPA_ALARM = 0.5  # mean conflict on training cases, relative to validation, below which overfitting has eaten it
 MAX_BAD_STEPS = 20  # consecutive steps without a finite gradient before the run gives up
-WORTH_A_PROCESS = 100  # steps from which on a process of its own for compiling is saved again
+WORTH_A_PROCESS = 100  # steps that win back the seconds which a process of its own for compiling costs
 CHECKPOINT_SECONDS = 120  # the most work that a killed run repeats
 
 
@@ -306,8 +306,9 @@ def lower_stage(config: Any, network: Any, stage: Stage, devices: int) -> tuple[
 def compile_stage(config: Any, network: Any, stage: Stage, devices: Any) -> Compiled:
     """Compiles a stage's step and validation, and times two steps on an empty batch."""
     began = time.perf_counter()
-    programs = lower_stage, config, network, stage, devices.size
-    call, validate = aside.compiled(*programs, child=stage.steps >= WORTH_A_PROCESS)
+    call, validate = aside.compiled(
+        lower_stage, config, network, stage, devices.size, child=stage.steps >= WORTH_A_PROCESS
+    )
     compile_seconds = time.perf_counter() - began
 
     abstract, batch = step_shapes(config, stage, devices)
