@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from entrust_jax import inference, model
+from entrust_jax import inference, model, windows
 from entrust_jax.baselines import unet
 from entrust_jax.data import dataset, preprocess, resampling, splits
 from entrust_jax.data.preprocess import Volume
@@ -238,22 +238,42 @@ def examine_with(
     probed: bool = True,
 ) -> inference.Raw:
     """`examine` for parameters that are not in a working folder yet (the trainer's calibration stage)."""
+    rooms = windows if volumetric(config) else inference
+    shared = {"model": network, "mesh": devices, "slices": slices} | _extent(config)
     if isinstance(network, unet.UNet):
-        return inference.examine_unet(
-            params, volume, model=network, mesh=devices, multiple=multiple(config), tau=tau, slices=slices
-        )
-    return inference.examine(
+        return rooms.examine_unet(params, volume, tau=tau, **shared)
+    return rooms.examine(
         params,
         volume,
         jax.random.key(config.seed),
-        model=network,
         sampler=inference.sampler_of(config),
-        mesh=devices,
         hypotheses=config.diffusion.hypotheses,
-        multiple=multiple(config),
-        slices=slices,
         probed=probed,
+        **shared,
     )
+
+
+def one_step_with(config: Any, network: Any, params: Any, devices: Mesh, volume: Volume) -> np.ndarray:
+    """Probabilities [d h w k] of a case without hypotheses: EnTrust's one-step prediction, the U-Nets' mean."""
+    if isinstance(network, unet.UNet):
+        return examine_with(config, network, params, devices, 0.5, volume)["mean"]
+    rooms = windows if volumetric(config) else inference
+    return rooms.one_step(
+        params, volume, jax.random.key(config.seed),
+        model=network, sampler=inference.sampler_of(config), mesh=devices, **_extent(config),
+    )  # fmt: skip
+
+
+def volumetric(config: Any) -> bool:
+    """Whether the network sees volumes, by its training patch; else axial slices."""
+    return len(config.data.patch) == 3
+
+
+def _extent(config: Any) -> dict[str, Any]:
+    """How a whole scan goes through the network: windows of its patch, or slices padded to a multiple."""
+    if volumetric(config):
+        return {"window": tuple(config.data.patch), "unit": coarsest(config)}
+    return {"multiple": multiple(config)}
 
 
 def predict_volume(trained: Trained, volume: Volume) -> dict[str, Any]:
@@ -306,5 +326,6 @@ def _predicted(trained: Trained, volume: Volume, probed: bool = True) -> dict[st
         modalities=tuple(data.modalities),
         classes=tuple(data.classes),
         regions=_regions(trained),
+        volumetric=volumetric(trained.config),
         started=started,
     )

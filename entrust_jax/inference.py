@@ -54,7 +54,7 @@ def _condition(model: EnTrust, params: Any, evidence: Evidence, present: Array) 
     return apply(model, params, evidence, mu, method="fuse")
 
 
-def _in_body(logits: Array, body: Array) -> Array:
+def in_body(logits: Array, body: Array) -> Array:
     """Background outside the body, where no loss teaches a network what to say."""
     nothing = jnp.full(logits.shape[-1], -OUTSIDE).at[0].set(OUTSIDE)
     return jnp.where(body[..., None], logits, nothing.reshape((1,) * (logits.ndim - 1) + (-1,)))
@@ -65,9 +65,31 @@ def _denoise(model: EnTrust, params: Any, body: Array):
 
     network makes up there would come back through its convolutions at the next step.
     """
-    return lambda x_t, log_snr, condition: _in_body(
+    return lambda x_t, log_snr, condition: in_body(
         apply(model, params, x_t, log_snr, condition, method="denoise"), body
     )
+
+
+def look_at(
+    params: Any, batch: dict[str, Array], key: Array, *, model: EnTrust, sampler: Sampler
+) -> tuple[Evidence, Condition, dict[str, Array]]:
+    """Encodes a batch and predicts it in one step, on one device: (evidence, condition, maps by name)."""
+    evidence = apply(model, params, batch["image"], batch["coordinates"], batch["body"], method="encode")
+    condition = _condition(model, params, evidence, batch["present"])
+    fused = condition.fused
+    first = segdiff_sampler.one_step(
+        _denoise(model, params, batch["body"]), condition, batch["case"], key,
+        sampler=sampler, shape=fused.kappa.shape[1:], classes=model.classes,
+    )  # fmt: skip
+    maps = {
+        "one_step": first,
+        "conflict": fused.kappa,
+        "js": fused.js,
+        "kappa_pairs": fused.kappa_pairs,
+        "support": fused.support,
+        "unimodal": fused.posterior,
+    }
+    return evidence, condition, maps
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler", "mesh"))
@@ -75,21 +97,8 @@ def look(params: Any, batch: dict[str, Array], key: Array, *, model: EnTrust, sa
     """Encodes a chunk and predicts it in one step: (Evidence, maps by name, leading axis = slices)."""
 
     def local(params, batch, key):
-        evidence = apply(model, params, batch["image"], batch["coordinates"], batch["body"], method="encode")
-        condition = _condition(model, params, evidence, batch["present"])
-        fused = condition.fused
-        first = segdiff_sampler.one_step(
-            _denoise(model, params, batch["body"]), condition, batch["case"], key,
-            sampler=sampler, shape=fused.kappa.shape[1:], classes=model.classes,
-        )  # fmt: skip
-        return evidence, {
-            "one_step": first,
-            "conflict": fused.kappa,
-            "js": fused.js,
-            "kappa_pairs": fused.kappa_pairs,
-            "support": fused.support,
-            "unimodal": fused.posterior,
-        }
+        evidence, _, maps = look_at(params, batch, key, model=model, sampler=sampler)
+        return evidence, maps
 
     split = jax.shard_map(local, mesh=mesh, in_specs=(_WHOLE, _DATA, _WHOLE), out_specs=_DATA, check_vma=False)
     return split(params, batch, key)
@@ -121,6 +130,29 @@ def draw(
     return split(params, evidence, batch, key)
 
 
+def probe_at(
+    params: Any,
+    evidence: Evidence,
+    batch: dict[str, Array],
+    label: Array,
+    key: Array,
+    *,
+    model: EnTrust,
+    sampler: Sampler,
+) -> dict[str, Array]:
+    """`probing.probe` of a batch whose delivered mask is `label`, on one device."""
+
+    def one_step(availability, conflict_scale):
+        condition = apply(model, params, evidence, availability, conflict_scale=conflict_scale, method="fuse")
+        return segdiff_sampler.one_step(
+            _denoise(model, params, batch["body"]), condition, batch["case"], key,
+            sampler=sampler, shape=availability.shape[2:], classes=model.classes,
+        )  # fmt: skip
+
+    fused = _condition(model, params, evidence, batch["present"]).fused
+    return probing.probe(one_step, batch["present"], fused.kappa, fused.weights, label)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "sampler", "mesh"))
 def probe(
     params: Any,
@@ -135,17 +167,7 @@ def probe(
 ) -> dict[str, Array]:
     """Asks the one-step predictor what it would say without each modality, subset and the conflict features."""
 
-    def local(params, evidence, batch, label, key):
-        def one_step(availability, conflict_scale):
-            condition = apply(model, params, evidence, availability, conflict_scale=conflict_scale, method="fuse")
-            return segdiff_sampler.one_step(
-                _denoise(model, params, batch["body"]), condition, batch["case"], key,
-                sampler=sampler, shape=availability.shape[2:], classes=model.classes,
-            )  # fmt: skip
-
-        fused = _condition(model, params, evidence, batch["present"]).fused
-        return probing.probe(one_step, batch["present"], fused.kappa, fused.weights, label)
-
+    local = functools.partial(probe_at, model=model, sampler=sampler)
     split = jax.shard_map(local, mesh=mesh, in_specs=(_WHOLE, *(_DATA,) * 3, _WHOLE), out_specs=_DATA, check_vma=False)
     return split(params, evidence, batch, label, key)
 
@@ -156,7 +178,7 @@ def ensemble(params: Any, batch: dict[str, Array], *, model: UNet, mesh: Mesh) -
 
     def local(params, batch):
         logits = over_members(lambda p: apply(model, p, batch["image"], batch["present"], batch["body"]))(params)
-        return jnp.moveaxis(jax.nn.softmax(_in_body(logits, batch["body"][None]), axis=-1), 0, 1)
+        return jnp.moveaxis(jax.nn.softmax(in_body(logits, batch["body"][None]), axis=-1), 0, 1)
 
     return jax.shard_map(local, mesh=mesh, in_specs=(_WHOLE, _DATA), out_specs=_DATA, check_vma=False)(params, batch)
 
@@ -185,6 +207,12 @@ def first_look(
     ]
     evidence, maps = _rows(parts, len(batch["valid"]))
     return evidence, maps, batch
+
+
+def one_step(params: Any, volume: Volume, key: Array, *, multiple: int, **static: Any) -> np.ndarray:
+    """p_1 of a scan, [d h w k]."""
+    _, maps, _ = first_look(params, volume, key, multiple=multiple, **static)
+    return pipeline.crop(maps["one_step"], volume)
 
 
 def active_slices(one_step: np.ndarray, body: np.ndarray) -> np.ndarray:
@@ -216,7 +244,7 @@ def examine(
     """
     evidence, maps, batch = first_look(params, volume, key, model=model, sampler=sampler, mesh=mesh, multiple=multiple)
     active = active_slices(maps["one_step"], batch["body"])
-    kept, weight = _keep(active, batch["body"], slices)
+    kept, weight = keep(active, batch["body"], slices)
     if slices is not None:
         evidence, maps, batch = jax.tree.map(lambda x: x[kept], (evidence, maps, batch))
     chosen = np.flatnonzero(active[kept])
@@ -226,7 +254,7 @@ def examine(
     def of(rows: np.ndarray) -> tuple[Evidence, dict[str, np.ndarray]]:
         return jax.tree.map(lambda x: x[rows], (evidence, batch))
 
-    maps |= _as_one_hypothesis(maps["one_step"])
+    maps |= as_one_hypothesis(maps["one_step"])
     labels = np.repeat(np.argmax(maps["one_step"], axis=-1).astype(np.uint8)[None], hypotheses, axis=0)
     for rows, real in _groups(chosen, size):
         drawn, members = draw(params, *of(rows), key, hypotheses=hypotheses, **static)
@@ -236,7 +264,7 @@ def examine(
 
     # The decision needs the whole volume, and the probes ask about the decision: a second pass over the same evidence.
     label, decision = case.dice_bayes(maps["mean"], labels)
-    maps |= _unprobed(label, model.modalities)
+    maps |= unprobed(label, model.modalities)
     for rows, real in _groups(chosen if probed else chosen[:0], size):
         found = probe(params, *of(rows), label[rows].astype(np.int32), key, **static)
         found = {name: np.asarray(value)[:real] for name, value in found.items()}
@@ -245,7 +273,9 @@ def examine(
             maps[name][rows[:real]] = value
     for name in STACKED:
         maps[name] = np.moveaxis(maps[name], 1, 0)
-    return _crop(maps | {"hypotheses": labels, "label": label}, volume) | {
+    raw = _crop(maps | {"hypotheses": labels, "label": label}, volume)
+    return raw | {
+        "border": border(raw["label"], volume.spacing, volumetric=False),
         "predicted_dice": decision["predicted_dice"],
         "action": decision["action"],
         "sampled": active[kept],
@@ -269,26 +299,42 @@ def examine_unet(
     size = chunk_size(len(batch["valid"]), mesh)
     parts = [ensemble(params, piece, model=model, mesh=mesh) for piece in pipeline.chunks(batch, size)]
     members = _rows(parts, len(batch["valid"]))
-    kept, weight = _keep(active_slices(members.mean(axis=1), batch["body"]), batch["body"], slices)
+    kept, weight = keep(active_slices(members.mean(axis=1), batch["body"]), batch["body"], slices)
     members = members[kept]
-    mean = members.mean(axis=1)
-    label = case.threshold_action(mean, tau)
-    maps = {"one_step": mean, "mean": mean, "label": label}
-    if members.shape[1] == 1:
-        maps["entropy"] = np.asarray(statistics.entropy(jnp.asarray(mean)))
-    else:
-        found = statistics.statistics(jnp.asarray(members), jnp.asarray(mean))
-        maps |= {name: np.asarray(found[name]) for name in ("entropy", "within", "divergence", "disagreement")}
-        maps["hypotheses"] = np.moveaxis(np.argmax(members, axis=-1).astype(np.uint8), 1, 0)
-    return _crop(maps, volume) | {
-        "predicted_dice": _expected_dice(mean, label),
+    raw = _crop(of_members(members, tau), volume)
+    return raw | {
+        "border": border(raw["label"], volume.spacing, volumetric=False),
+        "predicted_dice": expected_dice(raw["mean"], raw["label"]),
         "action": float(tau),
         "kept": kept,
         "slice_weight": weight,
     }
 
 
-def _unprobed(label: np.ndarray, modalities: int) -> dict[str, np.ndarray]:
+def of_members(members: np.ndarray, tau: float) -> dict[str, np.ndarray]:
+    """The maps of the members' probabilities [d n h w k], cut at the threshold of stage 3."""
+    mean = members.mean(axis=1)
+    maps = {"one_step": mean, "mean": mean, "label": case.threshold_action(mean, tau)}
+    if members.shape[1] == 1:
+        return maps | {"entropy": np.asarray(statistics.entropy(jnp.asarray(mean)))}
+    found = statistics.statistics(jnp.asarray(members), jnp.asarray(mean))
+    maps |= {name: np.asarray(found[name]) for name in ("entropy", "within", "divergence", "disagreement")}
+    return maps | {"hypotheses": np.moveaxis(np.argmax(members, axis=-1).astype(np.uint8), 1, 0)}
+
+
+def border(label: np.ndarray, spacing: tuple[float, ...], volumetric: bool) -> np.ndarray:
+    """Signed distance [d h w] to the mask's border, in voxels: in each slice for a network on slices; for one on volumes
+
+    in the volume, in millimetres divided by the finest spacing.
+    """
+    return (
+        calibration.signed_distance_mm(label, spacing) / min(spacing)
+        if volumetric
+        else calibration.signed_distance(label)
+    )
+
+
+def unprobed(label: np.ndarray, modalities: int) -> dict[str, np.ndarray]:
     """What probing says of slices that it does not visit: nothing depends on anything, nobody would change the mask."""
     d, *plane = label.shape
     zero = np.zeros((d, *plane), np.float32)
@@ -302,7 +348,7 @@ def _unprobed(label: np.ndarray, modalities: int) -> dict[str, np.ndarray]:
     }
 
 
-def _expected_dice(p: np.ndarray, label: np.ndarray) -> float:
+def expected_dice(p: np.ndarray, label: np.ndarray) -> float:
     """Mean over foreground classes of 2 sum p y / (sum p + sum y): what marginals alone can say of the Dice."""
     scores = []
     for k in range(1, p.shape[-1]):
@@ -312,7 +358,7 @@ def _expected_dice(p: np.ndarray, label: np.ndarray) -> float:
     return float(np.mean(scores))
 
 
-def _as_one_hypothesis(p: np.ndarray) -> dict[str, np.ndarray]:
+def as_one_hypothesis(p: np.ndarray) -> dict[str, np.ndarray]:
     """The statistics of slices that are not sampled: their hypotheses are their one-step prediction."""
     entropy = np.asarray(statistics.entropy(jnp.asarray(p)))
     zero = np.zeros_like(entropy)
@@ -326,7 +372,7 @@ def _as_one_hypothesis(p: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _keep(active: np.ndarray, body: np.ndarray, count: int | None) -> tuple[np.ndarray, np.ndarray]:
+def keep(active: np.ndarray, body: np.ndarray, count: int | None) -> tuple[np.ndarray, np.ndarray]:
     """All slices, or `count` evenly spaced ones, 3/4 of them active and the rest others with a body.
 
     Returns their indices and how many slices each of them stands for.
@@ -365,7 +411,7 @@ def _crop(maps: dict[str, np.ndarray], volume: Volume) -> dict[str, np.ndarray]:
 
 def calibrated(raw: Raw, present: np.ndarray, chosen: str, params: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     """(p before calibration, p_cal, e) of an examined case under a fitted rung of the ladder."""
-    inputs, _ = calibration.features(raw, raw["label"], present)
+    inputs, _ = calibration.features(raw, present)
     one_step, mean = calibration.log_probability(raw["one_step"]), calibration.log_probability(raw["mean"])
     before, _ = calibration.apply("identity", {}, inputs, one_step, mean, raw["label"])
     return before, *calibration.apply(chosen, params, inputs, one_step, mean, raw["label"])
@@ -412,25 +458,27 @@ def finish(
     modalities: tuple[str, ...],
     classes: tuple[str, ...],
     regions: dict[str, tuple[int, ...]],
+    volumetric: bool,
     started: float,
 ) -> dict[str, Any]:
     """Calibrates, explains and sums up an examined case: the prediction that report and metrics read.
 
     scan: the case on the grid that the prediction is wanted on; `volume` itself where it was examined there.
+    volumetric: whether the network sees volumes, for `border`.
     """
     before, p_cal, e = calibrated(raw, volume.present, chosen, params)
     raw = {name: value for name, value in raw.items() if name not in ("kept", "slice_weight")}
     raw |= {"probability_raw": before, "probability": p_cal, "error_probability": e}
     if scan is not volume:
         raw, volume = carried(raw, volume, scan), scan
+        raw["border"] = border(raw["label"], scan.spacing, volumetric)
     e = raw["error_probability"] * volume.body
-    border = calibration.signed_distance(raw["label"])
-    out = {name: value for name, value in raw.items() if name != "action"}
+    out = {name: value for name, value in raw.items() if name not in ("action", "border")}
     out |= {"present": volume.present, "error_probability": e}
     evidence: dict[str, Any] = {}
     if "conflict" in raw:
         out["conflict"] = raw["conflict"] * volume.body  # outside the body there is nothing to contradict
-        out["cause"] = explanation.cause(e, raw["conflict"], raw["support"], border, volume.body, volume.present)
+        out["cause"] = explanation.cause(e, raw["conflict"], raw["support"], raw["border"], volume.body, volume.present)
         evidence = {
             "cause": out["cause"],
             "conflict_pairs": raw["kappa_pairs"],

@@ -659,15 +659,7 @@ def threshold(config: Any, network: Any, params: Any, volumes: list[Volume], dev
     """Stage 3: the one-step foreground threshold with the best Dice on validation cases."""
     pairs = []
     for volume in volumes:
-        if isinstance(network, unet.UNet):
-            raw = api.examine_with(config, network, params, devices, 0.5, volume)
-            p = raw["mean"]
-        else:
-            _, maps, _ = inference.first_look(
-                params, volume, jax.random.key(config.seed), model=network, mesh=devices,
-                sampler=inference.sampler_of(config), multiple=api.multiple(config),
-            )  # fmt: skip
-            p = pipeline.crop(maps["one_step"], volume)
+        p = api.one_step_with(config, network, params, devices, volume)
         pairs.append((p, np.where(volume.body, preprocess.labels_of(volume), -1)))
     tau, dice = case.choose_threshold(pairs)
     print(f"threshold: {tau:.2f} (validation Dice {np.max(dice):.3f}, {len(volumes)} cases)", flush=True)
@@ -730,9 +722,9 @@ def calibration_slices(raw: inference.Raw, volume: Volume, patient: int, seed: i
     kept = raw["kept"]
     body, labels = volume.body[kept], preprocess.labels_of(volume)
     delivered = raw["label"]
-    inputs, _ = calibration.features(raw, delivered, volume.present)
+    inputs, _ = calibration.features(raw, volume.present)
     rng = np.random.default_rng([seed, volume.number])
-    weight = calibration.importance_weights(raw["entropy"], calibration.signed_distance(delivered), body, rng)
+    weight = calibration.importance_weights(raw["entropy"], raw["border"], body, rng)
     first = calibration.CalibrationSet(
         features=inputs,
         one_step=calibration.log_probability(raw["one_step"]),

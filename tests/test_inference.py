@@ -135,7 +135,7 @@ def test_thinning_stands_for_every_slice_of_the_body(kinds, count):
     active = np.array([kind == "active" for kind in kinds])
     body = np.array([kind != "air" for kind in kinds])
     assume(body.any())
-    rows, weight = inference._keep(active, body[:, None, None], count)
+    rows, weight = inference.keep(active, body[:, None, None], count)
     assert len(rows) == min(count, body.sum()) and np.all(np.diff(rows) > 0)
     assert np.all(body[rows]) and np.all(weight >= 1)
     assert np.sum(weight) == pytest.approx(body.sum())

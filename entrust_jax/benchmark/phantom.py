@@ -88,7 +88,7 @@ def borrowed(ablation: Ablation, workdir: Path) -> api.Trained:
     cases, _ = dataset.read(config.data, model.splits["calibration"], config.seed)
     data = train.calibration_set(config, network, model.params, model.tau, cases, model.mesh)
     raw = api.examine_with(config, network, model.params, model.mesh, model.tau, cases[0])
-    _, names = calibration.features(raw, raw["label"], cases[0].present)
+    _, names = calibration.features(raw, cases[0].present)
     # An input that never varies is switched off when the head is fitted.
     seen = np.isin(names, ablation.inputs) | (ablation.inputs == ALL)
     data = dataclasses.replace(data, features=np.float32(data.features * seen))

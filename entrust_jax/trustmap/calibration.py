@@ -8,7 +8,7 @@ log-likelihoods are in nats.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.flatten_util
@@ -81,6 +81,20 @@ def signed_distance(label: Integer[np.ndarray, "n h w"]) -> Float[np.ndarray, "n
     return result
 
 
+def signed_distance_mm(label: Integer[np.ndarray, "d h w"], spacing: Sequence[float]) -> Float[np.ndarray, "d h w"]:
+    """Distance in mm to the nearest border between two classes in the volume, negative in the foreground.
+
+    From a voxel's centre to that of the nearest voxel of another class, less half the finest spacing, for the border
+    runs between them. A volume of a single class has its extent everywhere.
+    """
+    distance = np.full(label.shape, float(np.dot(label.shape, spacing)))
+    found = np.unique(label)
+    if len(found) > 1:
+        depth = [np.asarray(scipy.ndimage.distance_transform_edt(label == k, sampling=spacing)) for k in found]
+        distance = np.sum(depth, axis=0) - min(spacing) / 2
+    return np.where(label > 0, -distance, distance).astype(np.float32)
+
+
 def importance_weights(
     entropy: Float[np.ndarray, "n h w"],
     boundary_distance: Float[np.ndarray, "n h w"],
@@ -105,14 +119,14 @@ def importance_weights(
 
 
 def features(
-    maps: dict[str, np.ndarray], delivered: Integer[np.ndarray, "n h w"], present: Bool[np.ndarray, "m"]
+    maps: dict[str, np.ndarray], present: Bool[np.ndarray, "m"]
 ) -> tuple[Float[np.ndarray, "n h w f"], tuple[str, ...]]:
     """The head's inputs phi(u) of one scan (n slices) and their names, from the maps that the method has.
 
     maps: any of mean, one_step [n h w k] probabilities; entropy, divergence, within, conflict, js,
-    delta_conflict, gap [n h w]; delta_modality [m n h w]; others are ignored. min(|signed distance of the
-    delivered mask|, 10)/10 and the availability of each modality always follow. The order is fixed, so equal
-    sets of maps give equal columns.
+    delta_conflict, gap [n h w]; delta_modality [m n h w]; others are ignored. min(|border|, 10)/10, border the signed
+    distance to that of the delivered mask in voxels, and the availability of each modality always follow. The order is
+    fixed, so equal sets of maps give equal columns.
     """
     names, columns = [], []
     for name in ("mean", "one_step"):
@@ -127,10 +141,10 @@ def features(
         names += [f"delta_modality_{m}" for m in range(len(maps["delta_modality"]))]
         columns += list(maps["delta_modality"])
     names.append("border_distance")
-    columns.append(np.minimum(np.abs(signed_distance(delivered)), DISTANCE_CAP) / DISTANCE_CAP)
+    columns.append(np.minimum(np.abs(maps["border"]), DISTANCE_CAP) / DISTANCE_CAP)
     for m, here in enumerate(present):
         names.append(f"present_{m}")
-        columns.append(np.full(delivered.shape, float(here)))
+        columns.append(np.full(maps["border"].shape, float(here)))
     return np.stack([np.asarray(c, np.float32) for c in columns], axis=-1), tuple(names)
 
 

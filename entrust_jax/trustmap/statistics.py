@@ -26,8 +26,22 @@ def js(p: Float[Array, "*s k"], q: Float[Array, "*s k"]) -> Float[Array, "*s"]:
 def statistics(hypotheses: Float[Array, "b n *s k"], one_step: Float[Array, "b *s k"]) -> dict[str, Array]:
     """Maps of an ensemble of N hypotheses' probabilities p_n beside the one-step probabilities p_1 (ours).
 
-    Returns (b *s, nats unless said):
-        mean             [b *s k] pbar = 1/N sum_n p_n
+    Returns what `of_sums` says of their sums.
+    """
+    count, classes = hypotheses.shape[1], hypotheses.shape[-1]
+    winner = jnp.argmax(hypotheses, axis=-1)
+    votes = jnp.stack([jnp.sum((winner == k).astype(jnp.float32), axis=1) for k in range(classes)], axis=-1)
+    sums = {"p": jnp.sum(hypotheses, axis=1), "entropy": jnp.sum(entropy(hypotheses), axis=1), "votes": votes}
+    return of_sums(sums, count, one_step)
+
+
+def of_sums(sums: dict[str, Array], count: int, one_step: Float[Array, "*s k"]) -> dict[str, Array]:
+    """The same maps from what can be added up hypothesis by hypothesis, so that none has to be kept (ours).
+
+    sums over N = `count` hypotheses: p [*s k] of p_n, entropy [*s] of H(p_n) in nats, votes [*s k] of the hard votes.
+
+    Returns (*s, nats unless said):
+        mean             [*s k] pbar = 1/N sum_n p_n
         entropy          TU = H(pbar), total predictive entropy
         within           WU = 1/N sum_n H(p_n), what each hypothesis leaves open by itself
         divergence       HU = TU - WU >= 0, mutual information between pixel and hypothesis
@@ -37,12 +51,8 @@ def statistics(hypotheses: Float[Array, "b n *s k"], one_step: Float[Array, "b *
         gap              |p_1 - pbar|_1 / 2 in [0, 1]: zero up to sampling noise when network and sampler
                          agree, as both estimate the same marginal (tower property)
     """
-    count, classes = hypotheses.shape[1], hypotheses.shape[-1]
-    mean = jnp.mean(hypotheses, axis=1)
+    mean, within, votes = sums["p"] / count, sums["entropy"] / count, sums["votes"] / count
     total = entropy(mean)
-    within = jnp.mean(entropy(hypotheses), axis=1)
-    winner = jnp.argmax(hypotheses, axis=-1)
-    votes = jnp.stack([jnp.mean((winner == k).astype(jnp.float32), axis=1) for k in range(classes)], axis=-1)
     return {
         "mean": mean,
         "entropy": total,

@@ -25,7 +25,7 @@ def make(seed: int, patients: int, classes: int, power: float, slices: int = 3):
     reported = softmax(power * np.log(p), axis=-1)
     delivered = reported.argmax(-1).astype(np.uint8)
     maps = {"one_step": reported, "mean": reported, "entropy": -(reported * np.log(reported)).sum(-1)}
-    columns, _ = cal.features(maps, delivered, np.array([True, True]))
+    columns, _ = cal.features(maps | {"border": cal.signed_distance(delivered)}, np.array([True, True]))
     log_p = cal.log_probability(reported)
     data = cal.CalibrationSet(
         columns,
@@ -207,7 +207,9 @@ def test_importance_weights_are_unbiased_and_prefer_the_uncertain():
 def test_features_hold_what_the_method_has():
     p = np.full((2, 8, 8, 2), 0.5)
     delivered = np.zeros((2, 8, 8), np.uint8)
-    columns, names = cal.features({"one_step": p, "entropy": p[..., 0]}, delivered, np.array([True, False]))
+    columns, names = cal.features(
+        {"one_step": p, "entropy": p[..., 0], "border": cal.signed_distance(delivered)}, np.array([True, False])
+    )
     assert names == (
         "log_one_step_0",
         "log_one_step_1",
@@ -222,5 +224,5 @@ def test_features_hold_what_the_method_has():
         ("entropy", "divergence", "within", "conflict", "js", "delta_conflict", "gap"), scalar
     )
     maps |= {"delta_modality": np.zeros((2, 2, 8, 8))}
-    columns, names = cal.features(maps, delivered, np.array([True, True]))
+    columns, names = cal.features(maps | {"border": cal.signed_distance(delivered)}, np.array([True, True]))
     assert columns.shape[-1] == len(names) == 2 + 2 + 7 + 2 + 1 + 2
