@@ -60,7 +60,12 @@ def get_config() -> Any:
             "d_c": 16,
             "d_u": 8,
             "space_to_depth": 2,
+            # One factor an axis for every scale, the first that of the space-to-depth. (): space_to_depth, then 2,
+            # along every axis (volumes: planned from the spacing when a training starts).
+            "strides": (),
             "head_dropout": 0.2,
+            "compute": "float32",  # or "bfloat16": of activations and convolutions, for accelerators
+            "remat": False,  # blocks are computed again for the gradient: less memory, a third more work
         }
     )
     config.diffusion = ConfigDict(

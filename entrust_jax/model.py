@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from entrust_jax.enfuse import objective as enfuse_objective
 from entrust_jax.enfuse.encoder import Encoder, Evidence
 from entrust_jax.enfuse.fusion import Auxiliary, Fused, Fusion, pool_maps
-from entrust_jax.layers import apply, pool, upsample
+from entrust_jax.errors import UserError
+from entrust_jax.layers import Factor, Strides, apply, cumulated, pool, upsample
 from entrust_jax.scores import case_mean, cross_entropy, over_cases
 from entrust_jax.segdiff import objective as segdiff_objective
 from entrust_jax.segdiff import schedule
@@ -25,7 +26,8 @@ XCOV_SHARE = 0.2  # of stage 1, over which the independence term is ramped in
 FUSE_WEIGHT = 0.3  # of L_fuse beside L_diff in stage 2a
 NULL_SHARE = 0.05  # of the cases, which lose every modality: the null condition of the attribution
 
-STRIDED_SCALE = 2  # independence is estimated on the grid of this scale
+STRIDED_SCALE = 2  # independence is estimated on the grid of this scale, or of the last if there are fewer
+COMPUTE = ("float32", "bfloat16")
 
 Batch = dict[str, Array]
 Params = Any
@@ -49,20 +51,32 @@ class EnTrust(nn.Module):
     widths: tuple[int, ...]
     d_c: int
     d_u: int
-    factor: int
+    strides: Strides
     head_dropout: float
     b: float
+    compute: str = "float32"
+    remat: bool = False
 
     fusion_module: ClassVar[type[Fusion]] = Fusion
 
     def setup(self) -> None:
         self.encoder = Encoder(
-            self.modalities, self.classes, self.widths, self.d_c, self.d_u, 32, self.factor, self.head_dropout
+            self.modalities,
+            self.classes,
+            self.widths,
+            self.strides,
+            self.d_c,
+            self.d_u,
+            head_dropout=self.head_dropout,
+            compute=self.compute,
+            remat=self.remat,
         )
-        self.fusion = self.fusion_module(self.d_c, self.factor)
-        self.auxiliary = Auxiliary(self.classes, self.factor)
+        self.fusion = self.fusion_module(self.d_c, self.strides)
+        self.auxiliary = Auxiliary(self.classes, self.strides)
         self.projection = Projection(self.widths, 64)
-        self.denoiser = Denoiser(self.classes, self.widths, self.b, self.factor)
+        self.denoiser = Denoiser(
+            self.classes, self.widths, self.b, self.strides, compute=self.compute, remat=self.remat
+        )
 
     def encode(
         self,
@@ -108,7 +122,7 @@ class EnTrust(nn.Module):
         fused, body, weight = condition.fused, _body(batch), _weight(batch)
         present = fused.present
         k_cross, k_phase = jax.random.split(key)
-        cross, cross_weight = _cross_consensus(k_cross, evidence, fused, self.factor)
+        cross, cross_weight = _cross_consensus(k_cross, evidence, fused, self.strides)
         consensus, redrawn = self.auxiliary(fused, cross, fused.F_u[1])
 
         terms = {
@@ -117,10 +131,10 @@ class EnTrust(nn.Module):
                 evidence.logits, batch["label"], body, batch["present"].astype(jnp.float32), weight
             ),
             "con": over_cases(case_mean(cross_entropy(consensus, batch["label"]), body), weight),
-            "rec": _reconstruction(redrawn, batch["image"], cross_weight, body, present, self.factor),
+            "rec": _reconstruction(redrawn, batch["image"], cross_weight, body, present, self.strides),
             "prior": over_cases(case_mean(cross_entropy(evidence.prior_logits, batch["label"]), body), weight),
         }
-        terms |= _part_terms(k_phase, evidence, fused, body, self.factor)
+        terms |= _part_terms(k_phase, evidence, fused, body, self.strides)
         # Validation drops nothing, so only slots that kept all they have are comparable with it.
         kept = weight * jnp.all(availability == _availability(batch), axis=tuple(range(1, availability.ndim)))
         kappa = jnp.sum(kept * case_mean(fused.kappa, body))
@@ -135,8 +149,39 @@ class EnTrust(nn.Module):
         return enfuse_objective.total(terms) + jnp.sum(logits)
 
 
+def strides_of(config) -> Strides:
+    """One factor an axis for every scale of the network that the config's method trains; axes are those of the patch.
+
+    Raises UserError when `config.model.strides` does not fit the scales or the axes, or has another factor than 1 or a
+    power of 2.
+    """
+    widths = config.model.widths if config.method == "entrust" else config.unet.widths
+    axes, given = len(config.data.patch), config.model.strides
+    if not given:
+        return tuple((config.model.space_to_depth if s == 0 else 2,) * axes for s in range(len(widths)))
+    mend = f"give one factor for each of {axes} axes, for each of {len(widths)} scales, or () for the usual ones"
+    if not all(isinstance(factor, tuple | list) for factor in given):
+        raise UserError(f"config.model.strides is {given}; {mend}")
+    strides = tuple(tuple(factor) for factor in given)
+    if len(strides) != len(widths) or any(len(factor) != axes for factor in strides):
+        raise UserError(f"config.model.strides is {strides}; {mend}")
+    if not all(isinstance(f, int) and f > 0 and f & (f - 1) == 0 for factor in strides for f in factor):
+        raise UserError(f"config.model.strides is {strides}; give factors that are 1 or a power of 2")
+    return strides
+
+
+def compute_of(config) -> str:
+    """The type of activations and convolutions. Raises UserError when `config.model.compute` is none of COMPUTE."""
+    if config.model.compute not in COMPUTE:
+        raise UserError(f"config.model.compute is {config.model.compute!r}; set it to one of {', '.join(COMPUTE)}")
+    return config.model.compute
+
+
 def build(config) -> EnTrust:
-    """The model of a config (`config.model`, `config.diffusion.b`, modalities and classes of `config.data`)."""
+    """The model of a config (`config.model`, `config.diffusion.b`, modalities, classes and patch of `config.data`).
+
+    Raises UserError for strides or a compute type that make no sense.
+    """
     m = config.model
     return EnTrust(
         modalities=len(config.data.modalities),
@@ -144,9 +189,11 @@ def build(config) -> EnTrust:
         widths=tuple(m.widths),
         d_c=m.d_c,
         d_u=m.d_u,
-        factor=m.space_to_depth,
+        strides=strides_of(config),
         head_dropout=m.head_dropout,
         b=config.diffusion.b,
+        compute=compute_of(config),
+        remat=m.remat,
     )
 
 
@@ -168,42 +215,46 @@ def _weight(batch: Batch) -> Float[Array, " b"]:
     return batch["weight"] * batch["valid"] * some
 
 
-def _samples(x: Float[Array, "b *t d"], scale: int, phase: Int[Array, " axes"]) -> Float[Array, "b n d"]:
-    """A scale's voxels on a lattice of STRIDED_SCALE's spacing, flattened: the same n for every scale, so that all go
+def _samples(
+    x: Float[Array, "b *t d"], factor: Factor, lattice: Factor, phase: Int[Array, " axes"]
+) -> Float[Array, "b n d"]:
+    """A scale's voxels on a lattice, flattened, float32: the same n for every scale, so that all go in one call.
 
-    in one call. Finer scales are strided, for neighbours are no independent samples; coarser ones repeat their voxels.
+    Finer scales are strided, for neighbours are no independent samples; coarser ones repeat their voxels.
+    factor, lattice: voxels of the finest scale along each axis of this scale's voxels and of the lattice's cells.
     phase: where the lattice begins, in voxels of the finest scale. It moves from step to step: a network tells the
     phases of a lattice apart, and would be independent on a fixed one alone.
     """
-    if scale > STRIDED_SCALE:
-        x = upsample(x, 2 ** (scale - STRIDED_SCALE))
-    stride = 2 ** max(STRIDED_SCALE - scale, 0)
-    for i in range(1, x.ndim - 1):
+    x = upsample(x, tuple(max(f // cell, 1) for f, cell in zip(factor, lattice, strict=True)))
+    for i, (f, cell) in enumerate(zip(factor, lattice, strict=True), 1):
+        stride = max(cell // f, 1)
         count = x.shape[i] // stride
         cells = jax.lax.slice_in_dim(x, 0, count * stride, axis=i)
         cells = cells.reshape(*x.shape[:i], count, stride, *x.shape[i + 1 :])
-        x = jax.lax.dynamic_index_in_dim(cells, phase[i - 1] // 2**scale, axis=i + 1, keepdims=False)
-    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])  # not -1: a single modality has 0 pairs
+        x = jax.lax.dynamic_index_in_dim(cells, phase[i - 1] // f, axis=i + 1, keepdims=False)
+    # Not -1: a single modality has 0 pairs.
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]).astype(jnp.float32)
 
 
 def _part_terms(
-    key: Array, evidence: Evidence, fused: Fused, body: Float[Array, "b *s"], factor: int
+    key: Array, evidence: Evidence, fused: Fused, body: Float[Array, "b *s"], strides: Strides
 ) -> dict[str, Array]:
     """Independence, alignment and variance terms: means over the scales, each on the same strided lattice."""
-    scales = range(len(evidence.c))
-    phase = jax.random.randint(key, (body.ndim - 1,), 0, 2**STRIDED_SCALE)
+    finest = cumulated(((1,) * len(strides[0]), *strides[1:]))  # relative to the finest scale
+    lattice, whole = finest[: STRIDED_SCALE + 1][-1], cumulated(strides)
+    phase = jax.random.randint(key, (len(lattice),), 0, jnp.array(lattice))
 
     def stack(parts):  # [scale, b, n, d]
-        return jnp.stack([_samples(x, s, phase) for s, x in zip(scales, parts, strict=True)])
+        return jnp.stack([_samples(x, f, lattice, phase) for f, x in zip(finest, parts, strict=True)])
 
     def by_modality(parts):  # [scale, m, b, n, d]
-        each = [jax.vmap(lambda x, s=s: _samples(x, s, phase), in_axes=1) for s in scales]
+        each = [jax.vmap(lambda x, f=f: _samples(x, f, lattice, phase), in_axes=1) for f in finest]
         return jnp.stack([one(x) for one, x in zip(each, parts, strict=True)])
 
     present = fused.present.T
-    pairs = [jnp.moveaxis(pool_maps(fused.kappa_pairs, factor * 2**s), 1, -1) for s in scales]
-    kappa = [pool(fused.kappa[..., None], factor * 2**s, jnp.max) for s in scales]
-    inside = [pool(body[..., None], factor * 2**s) for s in scales]
+    pairs = [jnp.moveaxis(pool_maps(fused.kappa_pairs, f), 1, -1) for f in whole]
+    kappa = [pool(fused.kappa[..., None], f, jnp.max) for f in whole]
+    inside = [pool(body[..., None], f) for f in whole]
     mask = (stack(inside)[..., 0] > 0.5).astype(jnp.float32)
     return jax.tree.map(
         jnp.mean,
@@ -244,7 +295,7 @@ def _one_scale(
 
 
 def _cross_consensus(
-    key: Array, evidence: Evidence, fused: Fused, factor: int
+    key: Array, evidence: Evidence, fused: Fused, strides: Strides
 ) -> tuple[Float[Array, "b m *t d"], Float[Array, "b m *t"]]:
     """The consensus that redraws each modality at scale 1: F_c, or (p = .5) that of a random other available modality,
 
@@ -267,7 +318,7 @@ def _cross_consensus(
     first, second = jnp.triu_indices(m, 1)
     kappa = jnp.zeros((b, m, m, *c.shape[2:-1]))
     if len(first):
-        pairs = pool_maps(fused.kappa_pairs, 2 * factor)
+        pairs = pool_maps(fused.kappa_pairs, cumulated(strides)[1])
         kappa = kappa.at[:, first, second].set(pairs).at[:, second, first].set(pairs)
     between = jnp.take_along_axis(kappa, expand(other)[:, :, None, ..., 0], axis=2)[:, :, 0]
     return cbar, 1 - between * expand(swap)[..., 0]
@@ -279,11 +330,12 @@ def _reconstruction(
     weight: Float[Array, "b m *t"],
     body: Float[Array, "b *s"],
     present: Float[Array, "b m"],
-    factor: int,
+    strides: Strides,
 ) -> Array:
     """L_rec: mean absolute error against the image pooled to scale 1, inside the body."""
-    target = pool_maps(image, 2 * factor)
-    inside = (pool_maps(body[:, None], 2 * factor) > 0.5) * present.reshape(*present.shape, *(1,) * (body.ndim - 1))
+    factor = cumulated(strides)[1]
+    target = pool_maps(image, factor)
+    inside = (pool_maps(body[:, None], factor) > 0.5) * present.reshape(*present.shape, *(1,) * (body.ndim - 1))
     w = inside * weight
     return jnp.sum(w * jnp.abs(redrawn - target)) / jnp.maximum(jnp.sum(w), 1.0)
 

@@ -22,7 +22,7 @@ from entrust_jax.segdiff.sampler import Sampler
 from entrust_jax.trustmap.case import threshold_action
 
 M, K, N, DEPTH, SIZE = 2, 3, 3, 8, 16
-MODEL = EnTrust(M, K, widths=(4, 8, 8), d_c=4, d_u=4, factor=2, head_dropout=0.2, b=0.2)
+MODEL = EnTrust(M, K, widths=(4, 8, 8), d_c=4, d_u=4, strides=((2, 2),) * 3, head_dropout=0.2, b=0.2)
 SAMPLER = Sampler(0.2, -12.0, 7.0, 3)
 KEY = jax.random.key(3)
 

@@ -16,34 +16,55 @@ def some(*shape: int) -> np.ndarray:
 @pytest.mark.parametrize("factor", [1, 2])
 def test_space_to_depth_and_back(space, factor):
     x = some(2, *space, 3)
-    folded = layers.space_to_depth(jnp.asarray(x), factor)
+    folded = layers.space_to_depth(jnp.asarray(x), (factor,) * len(space))
     assert folded.shape == (2, *(s // factor for s in space), 3 * factor ** len(space))
-    np.testing.assert_array_equal(layers.depth_to_space(folded, factor), x)
+    np.testing.assert_array_equal(layers.depth_to_space(folded, (factor,) * len(space)), x)
 
 
 def test_a_block_of_voxels_becomes_the_channels_of_one():
     x = some(1, 4, 4, 3)
-    folded = layers.space_to_depth(jnp.asarray(x), 2)
+    folded = layers.space_to_depth(jnp.asarray(x), (2, 2))
     np.testing.assert_array_equal(folded[0, 1, 0], x[0, 2:4, 0:2].reshape(-1))
+
+
+def test_every_axis_has_a_factor_of_its_own():
+    x = some(2, 3, 4, 8, 5)
+    factor = (1, 2, 4)
+    folded = layers.space_to_depth(jnp.asarray(x), factor)
+    np.testing.assert_array_equal(folded[1, 2, 1, 0], x[1, 2, 2:4, 0:4].reshape(-1))
+    np.testing.assert_array_equal(layers.depth_to_space(folded, factor), x)
+    pooled = layers.pool(jnp.asarray(x), factor)
+    np.testing.assert_allclose(pooled, x.reshape(2, 3, 2, 2, 2, 4, 5).mean(axis=(3, 5)), rtol=1e-5, atol=1e-6)
+    wide = layers.upsample(pooled, factor)
+    np.testing.assert_array_equal(wide, np.asarray(pooled).repeat(2, axis=2).repeat(4, axis=3))
+    assert layers.cumulated(((1, 2, 2), (1, 2, 4), (2, 1, 2))) == ((1, 2, 2), (1, 4, 8), (2, 4, 16))
+
+
+def test_linear_upsampling_leaves_an_axis_of_factor_1_alone():
+    x = jnp.asarray(some(2, 3, 4, 6, 2))
+    got = np.asarray(layers.upsample_linear(x, (1, 2, 4)))
+    for i in range(3):
+        plane = layers.upsample_linear(layers.upsample_linear(x[:, i], (2, 2)), (1, 2))
+        np.testing.assert_allclose(got[:, i], plane, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("reduce", ["mean", "max"])
 def test_pool_reduces_blocks(reduce):
     x = some(2, 4, 6, 3)
     expected = getattr(x.reshape(2, 2, 2, 3, 2, 3), reduce)(axis=(2, 4))
-    np.testing.assert_allclose(layers.pool(jnp.asarray(x), 2, getattr(jnp, reduce)), expected, rtol=1e-6)
-    np.testing.assert_array_equal(layers.pool(jnp.asarray(x), 1), x)
+    np.testing.assert_allclose(layers.pool(jnp.asarray(x), (2, 2), getattr(jnp, reduce)), expected, rtol=1e-6)
+    np.testing.assert_array_equal(layers.pool(jnp.asarray(x), (1, 1)), x)
 
 
 @pytest.mark.parametrize("space", [(3,), (2, 3), (2, 1, 3)])
 def test_upsample_repeats_and_pool_undoes_it(space):
     x = some(2, *space, 2)
-    y = layers.upsample(jnp.asarray(x), 2)
+    y = layers.upsample(jnp.asarray(x), (2,) * len(space))
     expected = x
     for axis in range(1, x.ndim - 1):
         expected = np.repeat(expected, 2, axis=axis)
     np.testing.assert_array_equal(y, expected)
-    np.testing.assert_allclose(layers.pool(y, 2), x, rtol=1e-6)
+    np.testing.assert_allclose(layers.pool(y, (2,) * len(space)), x, rtol=1e-6)
 
 
 def test_norms_see_the_channels_of_one_voxel():
@@ -61,6 +82,13 @@ def test_norms_have_finite_gradients_at_a_constant_voxel():
     assert np.all(np.isfinite(gradient))
 
 
+def test_norms_of_bfloat16_have_the_statistics_of_float32():
+    x = jnp.asarray(300 + some(4, 64), jnp.bfloat16)  # in bfloat16 the mean would be off by more than the spread
+    got = layers.layer_norm(x)
+    assert got.dtype == jnp.bfloat16 and layers.rms_norm(x).dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(jnp.float32), layers.layer_norm(x.astype(jnp.float32)), rtol=0.01, atol=0.01)
+
+
 def test_the_embedding_tells_log_snrs_apart():
     levels = np.linspace(-12.0, 8.5, 42, dtype=np.float32)
     e = np.asarray(jax.jit(layers.embed_log_snr, static_argnums=1)(levels, 32))
@@ -72,7 +100,7 @@ def test_the_embedding_tells_log_snrs_apart():
 
 def test_background_bias_favours_class_0_at_every_voxel_of_a_folded_grid():
     bias = layers.background_bias(3, copies=4)(jax.random.key(0), (12,))
-    logits = layers.depth_to_space(jnp.broadcast_to(bias[None, None, None], (1, 2, 2, 12)), 2)
+    logits = layers.depth_to_space(jnp.broadcast_to(bias[None, None, None], (1, 2, 2, 12)), (2, 2))
     np.testing.assert_array_equal(logits, np.broadcast_to([3.0, 0.0, 0.0], (1, 4, 4, 3)))
 
 
@@ -83,6 +111,34 @@ def test_a_convolution_takes_as_many_axes_as_its_input(space):
         conv = layers.Conv(4, size)
         shape = jax.eval_shape(conv.init_with_output, jax.random.key(0), x)[0].shape
         assert shape == (1, *space, 4)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_cpu_sums_over_depth_what_others_convolve_in_volume(use_bias, monkeypatch):
+    """The same parameters, values and gradients."""
+    x, conv = jnp.asarray(some(2, 5, 6, 4, 3)), layers.Conv(4, use_bias=use_bias)
+    shapes = jax.eval_shape(conv.init, jax.random.key(0), x)
+    params = jax.tree.map(lambda p: jnp.asarray(some(*p.shape)), shapes)
+
+    def run():  # a new function each time: how a convolution is written down is decided when it is traced
+        def loss(p, x):
+            y = layers.apply(conv, p, x)
+            return jnp.sum(jnp.sin(y)), y
+
+        traced = jax.make_jaxpr(loss)(params, x)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x), traced.jaxpr
+
+    one, by_taps = run()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    two, in_volume = run()
+    assert jax.tree.map(jnp.shape, jax.eval_shape(conv.init, jax.random.key(0), x)) == jax.tree.map(jnp.shape, shapes)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    ranks = [
+        [e.outvars[0].aval.ndim for e in jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
+        for jaxpr in (by_taps, in_volume)
+    ]
+    assert ranks == [[4, 4, 4], [5]]
 
 
 def test_a_block_is_modulated_by_gain_and_shift():
@@ -117,7 +173,7 @@ def test_a_block_is_zero_in_air_and_sees_nothing_there():
 @pytest.mark.parametrize("space", [(5,), (4, 6), (3, 4, 2)])
 def test_linear_upsampling_is_the_resize_of_a_zero_padded_image(space):
     x = some(2, *space, 3)
-    got = layers.upsample_linear(jnp.asarray(x))
+    got = layers.upsample_linear(jnp.asarray(x), (2,) * len(space))
     assert got.shape == (2, *(2 * n for n in space), 3)
     padded = np.pad(x, [(0, 0), *((1, 1),) * len(space), (0, 0)])
     wide = jax.image.resize(padded, (2, *(2 * (n + 2) for n in space), 3), "linear")
@@ -127,7 +183,7 @@ def test_linear_upsampling_is_the_resize_of_a_zero_padded_image(space):
 def test_a_coarse_voxel_is_body_if_any_of_its_voxels_is():
     body = np.zeros((1, 8, 8), np.float32)
     body[0, 3, 4] = 1
-    masks = layers.body_at_scales(jnp.asarray(body), 2, 3)
+    masks = layers.body_at_scales(jnp.asarray(body), ((2, 2),) * 3)
     assert [mask.shape for mask in masks] == [(1, 4, 4, 1), (1, 2, 2, 1), (1, 1, 1, 1)]
     for mask, place in zip(masks, ((1, 2), (0, 1), (0, 0)), strict=True):
         assert np.argwhere(np.asarray(mask)[0, ..., 0]).tolist() == [list(place)]

@@ -3,16 +3,20 @@
 import dataclasses
 import functools
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from entrust_jax import api
 from entrust_jax import model as entrust
 from entrust_jax.enfuse import objective as enfuse_objective
 from entrust_jax.enfuse.fusion import pool_maps
-from entrust_jax.layers import apply
+from entrust_jax.errors import UserError
+from entrust_jax.layers import Strides, apply, cumulated
 from entrust_jax.model import EnTrust
 from entrust_jax.scores import case_mean, cross_entropy
 from entrust_jax.segdiff import schedule
@@ -21,8 +25,9 @@ B, M, K, SIZE = 2, 3, 3, 16
 LOW, HIGH = -12.0, 8.0
 
 
-def network(modalities: int = M, factor: int = 2, widths: tuple[int, ...] = (4, 8)) -> EnTrust:
-    return EnTrust(modalities, K, widths, d_c=4, d_u=3, factor=factor, head_dropout=0.2, b=0.2)
+def network(modalities: int = M, strides: Strides = ((2, 2), (2, 2)), **options) -> EnTrust:
+    widths = (4, 8, 8)[: len(strides)]
+    return EnTrust(modalities, K, widths, d_c=4, d_u=3, strides=strides, head_dropout=0.2, b=0.2, **options)
 
 
 NETWORK = network()
@@ -203,28 +208,28 @@ def test_the_cached_condition_equals_the_recomputed_one(params):
 # Locality ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("factor", [1, 2])
-def test_padding_a_case_changes_nothing(factor):
+FLAT_VOXELS = ((1, 2, 2), (1, 2, 2), (2, 2, 2))  # as planned for slices four times as thick as pixels are wide
+
+
+@pytest.mark.parametrize("strides", [((1, 1), (2, 2), (2, 2)), ((2, 2),) * 3, FLAT_VOXELS], ids=["1", "2", "volume"])
+def test_padding_a_case_changes_nothing(strides):
     """Norms are voxel by voxel and features of air are the zeros that convolutions pad with: up to the last rounding.
 
     What is in the air around the body, values of the image excepted, does not matter either: noise, coordinates.
     """
-    net = network(factor=factor, widths=(4, 8, 8))
-    pad = 4 * factor
-    batch = batch_of(1, M, (16 * factor, 12 * factor))
-    batch["body"][:, :, -3:] = False
+    net, pad = network(strides=strides), cumulated(strides)[-1]
+    batch = batch_of(1, M, {2: (4 * pad[0], 3 * pad[1]), 3: (4, 16, 16)}[len(pad)])
+    batch["body"][..., -3:] = False
     batch["image"] *= batch["body"][:, None]
     params = random_params(net, batch)
 
     def out(left: int, right: int):
-        space = ((left, right),) * 2
+        space = tuple((left * n, right * n) for n in pad)
 
         def padded(value, seed=0):
-            return np.where(
-                np.pad(np.ones(value.shape[1:3], bool), space)[None, ..., None],
-                np.pad(value, ((0, 0), *space, (0, 0))),
-                some(1, *(n + left + right for n in value.shape[1:3]), value.shape[-1], seed=seed),
-            ).astype(np.float32)
+            wide = np.pad(value, ((0, 0), *space, (0, 0)))
+            here = np.pad(np.ones(value.shape[1:-1], bool), space)[None, ..., None]
+            return np.where(here, wide, some(*wide.shape, seed=seed)).astype(np.float32)
 
         image = np.pad(batch["image"], ((0, 0), (0, 0), *space))
         body = np.pad(batch["body"], ((0, 0), *space))
@@ -235,9 +240,134 @@ def test_padding_a_case_changes_nothing(factor):
         fused = condition.fused
         return logits[body], fused.kappa[body], np.moveaxis(fused.posterior, 1, -1)[body]
 
-    for plain, around in zip(out(0, 0), out(pad, 2 * pad), strict=True):
+    for plain, around in zip(out(0, 0), out(1, 2), strict=True):
         np.testing.assert_allclose(plain, around, rtol=1e-4, atol=1e-4)
         assert np.std(plain) > 1e-3
+
+
+# Volumes ----------------------------------------------------------------------------------------------------------
+
+VOLUME = batch_of(2, M, (4, 16, 16))
+FIGURES = ("diffusion", "uni", "con", "rec", "align", "var", "xcov")
+
+
+@functools.cache
+def losses_of(**options):
+    """(loss of stage 1, loss of stage 2a, figures of both, the sum's gradient) of a network on volumes."""
+    net = network(strides=FLAT_VOXELS, **options)
+
+    @jax.jit
+    def both(params, batch):
+        def total(p):
+            first, one = entrust.enfuse_loss(net, p, batch, jax.random.key(1), jnp.float32(0.5))
+            second, two = entrust.segdiff_loss(net, p, batch, jax.random.key(2), low=LOW, high=HIGH, draws=1)
+            return first + second, (first, second, {name: two[name] for name in FIGURES}, one["prior"])
+
+        return jax.grad(total, has_aux=True)(params)
+
+    gradient, (first, second, figures, prior) = both(random_params(network(strides=FLAT_VOXELS), VOLUME), VOLUME)
+    return float(first), float(second), {"prior": prior, **figures}, gradient
+
+
+def test_volumes_are_learnt_by_every_part():
+    first, second, figures, gradient = losses_of()
+    assert np.isfinite([first, second]).all()
+    assert all(np.isfinite(x) and x > 0 for x in figures.values()), figures
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradient))
+    parts = gradient["params"]
+    still = [path for path, x in jax.tree.leaves_with_path(gradient) if not np.any(np.asarray(x))]
+    assert not still, still
+    block, last = parts["encoder"]["trunk"]["block_0"], parts["denoiser"]["logits"]
+    for kernel in (np.asarray(x["Conv_0"]["kernel"]) for x in (block["Conv_0"], last)):
+        assert kernel.shape[:3] == (3, 3, 3)
+        assert np.all(np.any(kernel != 0, axis=(1, 2, 3, 4)))  # the slices above and below are seen
+
+
+def test_blocks_computed_again_give_the_same_gradient():
+    plain, again = losses_of(), losses_of(remat=True)
+    np.testing.assert_allclose(plain[:2], again[:2], rtol=1e-5)
+    assert jax.tree.structure(plain[3]) == jax.tree.structure(again[3])
+    for one, two in zip(jax.tree.leaves(plain[3]), jax.tree.leaves(again[3]), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5 * np.max(np.abs(one)))
+
+
+def test_bfloat16_computes_nearly_the_same():
+    plain, half = losses_of(), losses_of(compute="bfloat16")
+    np.testing.assert_allclose(half[:2], plain[:2], rtol=0.03)
+    assert plain[0] != half[0]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), plain[3]) == jax.tree.map(lambda x: (x.shape, x.dtype), half[3])
+    flat = [jnp.concatenate([x.ravel() for x in jax.tree.leaves(found[3])]) for found in (plain, half)]
+    cosine = jnp.vdot(*flat) / (jnp.linalg.norm(flat[0]) * jnp.linalg.norm(flat[1]))
+    assert cosine > 0.98
+
+
+def test_what_bfloat16_touches():
+    """Features are bfloat16; logits, posteriors, weights and conflict float32, and so are the parameters."""
+
+    def shapes(compute):
+        net = network(strides=FLAT_VOXELS, compute=compute)
+        params = shapes_of(net, VOLUME)
+        images = (jnp.asarray(VOLUME[name]) for name in ("image", "coordinates", "body"))
+        evidence = jax.eval_shape(functools.partial(encode, net=net), params, *images)
+        condition = jax.eval_shape(functools.partial(fuse, net=net), params, evidence, jnp.ones(VOLUME["image"].shape))
+        x = jnp.zeros((*VOLUME["label"].shape, K))
+        logits = jax.eval_shape(functools.partial(denoise, net=net), params, x, jnp.asarray(LOG_SNR), condition)
+        return params, evidence, condition, logits
+
+    plain, half = shapes("float32"), shapes("bfloat16")
+    assert jax.tree.structure(plain) == jax.tree.structure(half)
+    assert jax.tree.map(lambda x: x.shape, plain) == jax.tree.map(lambda x: x.shape, half)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((plain, half[0], half[3])))
+    _, evidence, condition, _ = half
+    fused, cached = condition.fused, condition.projections
+    features = (evidence.c, evidence.u, fused.F_c, fused.F_u, fused.F_cf, cached.a, cached.modulation)
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(features))
+    exact = (evidence.logits, evidence.reliability, evidence.prior_logits, fused.weights, fused.posterior, fused.kappa)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((exact, fused.kappa_pairs, fused.js, cached.embedding)))
+
+
+# What a config says -----------------------------------------------------------------------------------------------
+
+
+def config_of(**model):
+    values = {"widths": (4, 8), "d_c": 4, "d_u": 3, "space_to_depth": 2, "head_dropout": 0.2} | api.ADDED["model"]
+    return ConfigDict(
+        {
+            "method": "entrust",
+            "data": {"patch": (8, 16, 16), "modalities": ("A", "B"), "classes": ("a", "b")},
+            "model": values | model,
+            "unet": {"widths": (4, 8, 8)},
+            "diffusion": {"b": 0.1},
+        }
+    )
+
+
+def test_strides_follow_the_patch_and_the_scales_of_the_method():
+    config = config_of()
+    assert entrust.strides_of(config) == ((2, 2, 2), (2, 2, 2))
+    config.data.patch = (16, 16)
+    config.model.space_to_depth = 1
+    assert entrust.strides_of(config) == ((1, 1), (2, 2))
+    config.method = "unet"
+    assert entrust.strides_of(config) == ((1, 1), (2, 2), (2, 2))
+    asked = ConfigDict(json.loads(config_of(strides=((1, 2, 2), (2, 4, 4))).to_json()))  # lists, as a working folder's
+    assert entrust.build(asked).strides == ((1, 2, 2), (2, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("strides", ((1, 2, 2),), "each of 2 scales"),
+        ("strides", ((1, 2, 2), (2, 2)), "each of 3 axes"),
+        ("strides", (2, 2), "one factor for each"),
+        ("strides", ((1, 2, 2), (1, 3, 3)), "1 or a power of 2"),
+        ("strides", ((1, 2, 2), (0, 2, 2)), "1 or a power of 2"),
+        ("compute", "float16", "float32, bfloat16"),
+    ],
+)
+def test_a_network_that_cannot_be_built_says_which_key_is_wrong(key, value, said):
+    with pytest.raises(UserError, match=rf"^config\.model\.{key} is .*{said}"):
+        entrust.build(config_of(**{key: value}))
 
 
 # The objectives ---------------------------------------------------------------------------------------------------
@@ -328,7 +458,8 @@ def test_labels_outside_the_body_and_padding_slots_do_not_count(params):
 
 @pytest.mark.parametrize(("modalities", "space"), [(1, (8, 8, 8)), (2, (8, 8, 8)), (1, (16,))])
 def test_losses_take_any_number_of_axes_and_modalities(modalities, space):
-    net, batch = network(modalities, factor=1), jax.tree.map(jnp.asarray, batch_of(2, modalities, space))
+    net = network(modalities, ((1,) * len(space), (2,) * len(space)))
+    batch = jax.tree.map(jnp.asarray, batch_of(2, modalities, space))
     params = shapes_of(net, batch)
     loss = functools.partial(entrust.segdiff_loss, net, low=LOW, high=HIGH, draws=2)
     first, _ = jax.eval_shape(functools.partial(entrust.enfuse_loss, net), params, batch, jax.random.key(0), 0.5)
@@ -346,15 +477,30 @@ def test_samples_of_all_scales_lie_on_one_lattice(phase):
     expected = blocks.reshape(2, -1, 3)
     for scale in range(4):
         x = finest.reshape(2, 16 // 2**scale, 2**scale, 16 // 2**scale, 2**scale, 3).mean(axis=(2, 4))
-        got = entrust._samples(jnp.asarray(x), scale, jnp.array(phase))
+        got = entrust._samples(jnp.asarray(x), (2**scale,) * 2, (n, n), jnp.array(phase))
         assert got.shape == expected.shape
         if scale <= entrust.STRIDED_SCALE:
             np.testing.assert_allclose(got, expected, rtol=1e-5)
     whole = jnp.arange(16.0)[None, :, None, None] * 100 + jnp.arange(16.0)[None, None, :, None]
     first = 100 * phase[0] + phase[1]
     np.testing.assert_array_equal(
-        entrust._samples(whole, 0, jnp.array(phase))[0, :5, 0], [first, first + 4, first + 8, first + 12, first + 400]
+        entrust._samples(whole, (1, 1), (n, n), jnp.array(phase))[0, :5, 0],
+        [first, first + 4, first + 8, first + 12, first + 400],
     )
+
+
+def test_the_lattice_of_flat_voxels_is_denser_along_depth():
+    whole = sum(
+        n * jnp.arange(float(size)).reshape(shape)
+        for n, size, shape in ((100, 4, (1, 4, 1, 1, 1)), (10, 8, (1, 1, 8, 1, 1)), (1, 8, (1, 1, 1, 8, 1)))
+    )
+    lattice, phase = (2, 4, 4), jnp.array([1, 2, 3])
+    got = entrust._samples(jnp.asarray(whole), (1, 1, 1), lattice, phase)[0, :, 0]
+    np.testing.assert_array_equal(got, [123, 127, 163, 167, 323, 327, 363, 367])
+    coarse = whole[:, ::2, ::4, ::4]  # a scale of (2, 4, 4), and one below it, whose voxels are repeated
+    np.testing.assert_array_equal(entrust._samples(coarse, lattice, lattice, phase)[0, :, 0], coarse.reshape(-1))
+    below = entrust._samples(coarse[:, :, ::2, ::2], (2, 8, 8), lattice, phase)[0, :, 0]
+    np.testing.assert_array_equal(below, [0, 0, 0, 0, 200, 200, 200, 200])
 
 
 def test_independence_is_asked_of_every_voxel(params):
@@ -371,13 +517,12 @@ def test_independence_is_asked_of_every_voxel(params):
         c, u, F_c = nothing
         same = [jnp.broadcast_to(signal[:, None, ..., None], x.shape) for x in (c[0], u[0])]
         parts = dataclasses.replace(evidence, c=(same[0], *c[1:]), u=(same[1], *u[1:]))
-        return entrust._part_terms(key, parts, dataclasses.replace(fused, F_c=(same[0][:, 0], *F_c[1:])), body, 2)[
-            "xcov"
-        ]
+        shared = dataclasses.replace(fused, F_c=(same[0][:, 0], *F_c[1:]))
+        return entrust._part_terms(key, parts, shared, body, NETWORK.strides)["xcov"]
 
-    for i, j in ((0, 0), (1, 2), (3, 3)):
+    for i, j in ((0, 0), (0, 1), (1, 1)):
         signal = np.zeros((4, SIZE // 2, SIZE // 2), np.float32)
-        signal[:, i::4, j::4] = np.arange(1.0, 5.0)[:, None, None]  # elsewhere there is nothing
+        signal[:, i::2, j::2] = np.arange(1.0, 5.0)[:, None, None]  # elsewhere there is nothing
         assert max(float(seen(jax.random.key(draw), signal)) for draw in range(60)) > 0.05
 
 
@@ -387,11 +532,11 @@ def test_cross_reconstruction_swaps_in_another_available_consensus(params):
     evidence = encode(params, batch["image"], batch["coordinates"], batch["body"])
     fused = fuse(params, evidence, mu).fused
     cross = jax.jit(entrust._cross_consensus, static_argnums=3)
-    kappa = np.asarray(pool_maps(fused.kappa_pairs, 4))
+    kappa = np.asarray(pool_maps(fused.kappa_pairs, (4, 4)))
     pair = {frozenset(p): i for i, p in enumerate(itertools.combinations(range(M), 2))}
     swaps = plain = 0
     for seed in range(4):
-        cbar, weight = map(np.asarray, cross(jax.random.key(seed), evidence, fused, 2))
+        cbar, weight = map(np.asarray, cross(jax.random.key(seed), evidence, fused, NETWORK.strides))
         for b, m in itertools.product(range(8), range(M)):
             if np.array_equal(cbar[b, m], fused.F_c[1][b]):
                 assert np.all(weight[b, m] == 1)
@@ -414,7 +559,7 @@ def test_reconstruction_error_by_hand():
     target = image.reshape(1, 2, 4, 2, 4, 2).mean(axis=(3, 5))
     error = np.abs(redrawn - target)[0, 0]
     expected = (0.5 * error[2].sum() + error[3].sum()) / (0.5 * 4 + 4)
-    got = jax.jit(entrust._reconstruction, static_argnums=5)(redrawn, image, weight, body, present, 1)
+    got = jax.jit(entrust._reconstruction, static_argnums=5)(redrawn, image, weight, body, present, ((1, 1), (2, 2)))
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 

@@ -4,6 +4,7 @@ Modalities are concatenated with their availability. Members are stacked along a
 at once (`over_members`); a single U-Net is an ensemble of one.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,11 @@ from jaxtyping import Array, Bool, Float
 
 from entrust_jax.enfuse.objective import modality_dropout
 from entrust_jax.layers import (
-    Block,
     Conv,
+    Strides,
     apply,
     background_bias,
+    block,
     body_at_scales,
     depth_to_space,
     pool,
@@ -25,6 +27,7 @@ from entrust_jax.layers import (
     space_to_depth,
     upsample_linear,
 )
+from entrust_jax.model import compute_of, strides_of
 from entrust_jax.scores import case_mean, cross_entropy, over_cases
 
 
@@ -33,7 +36,9 @@ class UNet(nn.Module):
 
     classes: int
     widths: tuple[int, ...]
-    factor: int
+    strides: Strides
+    compute: str = "float32"
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -41,33 +46,41 @@ class UNet(nn.Module):
     ) -> Float[Array, "b *s k"]:
         b, m, *space = image.shape
         mu = present.astype(jnp.float32).reshape(b, m, *(1,) * len(space)) * body[:, None]
-        inside = body_at_scales(body.astype(jnp.float32), self.factor, len(self.widths))
+        inside = body_at_scales(body.astype(self.compute), self.strides)
         # A missing modality is zero and says so: zero alone is also the mean intensity.
         x = jnp.concatenate([image * mu, mu], axis=1)
-        h = space_to_depth(jnp.moveaxis(x, 1, -1), self.factor)
+        h = space_to_depth(jnp.moveaxis(x, 1, -1).astype(self.compute), self.strides[0])
+        Block = block(self.remat)
         skips = []
         for s, width in enumerate(self.widths):
-            h = Conv(width, name=f"enter_{s}")(pool(h, 2) if s else h) * inside[s]
+            h = Conv(width, name=f"enter_{s}")(pool(h, self.strides[s]) if s else h) * inside[s]
             h = Block(name=f"down_{s}_0")(h, inside[s])
             h = Block(name=f"down_{s}_1")(h, inside[s])
             skips.append(h)
         for s in reversed(range(len(self.widths) - 1)):
-            h = upsample_linear(Conv(self.widths[s], 1, use_bias=False, name=f"up_{s}")(h))
+            h = upsample_linear(Conv(self.widths[s], 1, use_bias=False, name=f"up_{s}")(h), self.strides[s + 1])
             h = (h + Conv(self.widths[s], 1, name=f"lateral_{s}")(skips[s])) * inside[s]
             h = Block(name=f"top_{s}")(h, inside[s])
-        copies = self.factor ** len(space)
+        copies = math.prod(self.strides[0])
         last = Conv(
             self.classes * copies,
             kernel_init=nn.initializers.zeros_init(),
             bias_init=background_bias(self.classes, copies),
+            dtype=jnp.float32,
             name="logits",
         )(nn.silu(rms_norm(h)))  # without the norm some runs fall into a constant prediction and stay there
-        return depth_to_space(last, self.factor).astype(jnp.float32)
+        return depth_to_space(last, self.strides[0])
 
 
 def build(config) -> UNet:
-    """The U-Net of a config (`config.unet`, `config.model.space_to_depth`, classes of `config.data`)."""
-    return UNet(len(config.data.classes), tuple(config.unet.widths), config.model.space_to_depth)
+    """The U-Net of a config (`config.unet`, classes of `config.data`; strides, compute and remat of `config.model`)."""
+    return UNet(
+        len(config.data.classes),
+        tuple(config.unet.widths),
+        strides_of(config),
+        compute_of(config),
+        config.model.remat,
+    )
 
 
 def members(config) -> int:

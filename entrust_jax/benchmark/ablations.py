@@ -20,7 +20,7 @@ from entrust_jax.enfuse import objective
 from entrust_jax.enfuse.conflict import gate
 from entrust_jax.enfuse.encoder import Evidence
 from entrust_jax.enfuse.fusion import Fusion
-from entrust_jax.layers import pool
+from entrust_jax.layers import cumulated, pool
 from entrust_jax.segdiff import sampler, schedule
 
 REFERENCE = "reference"
@@ -63,8 +63,8 @@ class DomainTerm(entrust.EnTrust):
         evidence = self.encode(batch["image"], batch["coordinates"], batch["body"])
         body = evidence.body[..., None]
         each = [
-            modality_identity(c, pool(body, self.factor * 2**s)[..., 0] > 0.5, condition.fused.present)
-            for s, c in enumerate(evidence.c)
+            modality_identity(c, pool(body, factor)[..., 0] > 0.5, condition.fused.present)
+            for factor, c in zip(cumulated(self.strides), evidence.c, strict=True)
         ]
         return condition, terms | {"xcov": terms["xcov"] + jnp.mean(jnp.stack(each))}, figures
 

@@ -53,10 +53,10 @@ def parts_of(model: api.Trained, volumes: list[Volume]) -> Parts:
     everything = np.ones(batch["image"].shape, np.float32)
     evidence, fused = jax.device_get(_encode(model.network, jax.device_get(model.params), batch, everything))
     h, w = volumes[0].body.shape[1:]
-    factor = model.network.factor
+    rows, columns = model.network.strides[0]
     body = batch["body"].astype(np.float32)
     n, height, width = body.shape
-    inside = body.reshape(n, height // factor, factor, width // factor, factor).mean(axis=(2, 4)) > 0.5
+    inside = body.reshape(n, height // rows, rows, width // columns, columns).mean(axis=(2, 4)) > 0.5
     c, u = (np.moveaxis(x[0], 1, 0) for x in (evidence.c, evidence.u))
     kappa, js = ((x * body)[:, :h, :w] for x in (fused.kappa, fused.js))
     return Parts(fused.F_c[0], fused.F_cf[0], c, u, inside, kappa, js)
@@ -89,10 +89,11 @@ def measure(
         found[f"modality from {name}"] = modality_probe(x, parts.inside)
     label = np.asarray(scenes.label)[:, 0] > 0
     for name, x in (("F_c", parts.F_c), ("u", np.concatenate(list(parts.u), axis=-1)), ("noise", noise[0])):
-        found[f"Dice of a probe on {name}"] = label_probe(x, label, model.network.factor)
+        found[f"Dice of a probe on {name}"] = label_probe(x, label, model.network.strides[0])
     half = len(label) // 2
     found["Dice of p_1"] = dice(one_step[half:, ..., 0] < 0.5, label[half:])
-    strength = np.linalg.norm(parts.F_cf, axis=-1).repeat(model.network.factor, 1).repeat(model.network.factor, 2)
+    rows, columns = model.network.strides[0]
+    strength = np.linalg.norm(parts.F_cf, axis=-1).repeat(rows, 1).repeat(columns, 2)
     maps = {"kappa": parts.kappa, "F_cf norm": strength[:, : label.shape[1], : label.shape[2]], "JS": parts.js}
     for name, x in maps.items():
         found |= {f"AUROC {name}, conflict against {other}": v for other, v in ranking(x, scenes, spec).items()}
@@ -187,17 +188,18 @@ def modality_probe(x: Float[np.ndarray, "m n t s d"], inside: Bool[np.ndarray, "
     return float(np.mean(said == np.array([[False], [True]])))
 
 
-def label_probe(x: Float[np.ndarray, "n t s d"], label: Bool[np.ndarray, "n h w"], factor: int) -> float:
+def label_probe(x: Float[np.ndarray, "n t s d"], label: Bool[np.ndarray, "n h w"], factor: tuple[int, ...]) -> float:
     """Dice over the second half of the cases of linear probes (one for each pixel of a feature's cell)."""
     half = len(x) // 2
-    said = np.zeros((len(x), x.shape[1] * factor, x.shape[2] * factor), bool)
+    rows, columns = factor
+    said = np.zeros((len(x), x.shape[1] * rows, x.shape[2] * columns), bool)
     truth = np.zeros_like(said)
     truth[:, : label.shape[1], : label.shape[2]] = label
-    for i in range(factor):
-        for j in range(factor):
-            cell = truth[:, i::factor, j::factor]
+    for i in range(rows):
+        for j in range(columns):
+            cell = truth[:, i::rows, j::columns]
             probe = logistic(x[:half].reshape(-1, x.shape[-1]), cell[:half].ravel())
-            said[:, i::factor, j::factor] = predict(probe, x) > 0
+            said[:, i::rows, j::columns] = predict(probe, x) > 0
     return dice(said[half:], truth[half:])
 
 

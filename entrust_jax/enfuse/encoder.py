@@ -7,6 +7,7 @@ No operation before `fusion` joins modalities, so each has evidence of its own a
 Equations: ours; the parameter-lean relative of ShaSpec (Wang et al. 2023, arXiv 2307.14126).
 """
 
+import math
 from typing import no_type_check
 
 import flax.linen as nn
@@ -17,10 +18,12 @@ from jaxtyping import Array, Float
 
 from entrust_jax.enfuse import conflict
 from entrust_jax.layers import (
-    Block,
     Conv,
+    Strides,
     background_bias,
+    block,
     body_at_scales,
+    cumulated,
     depth_to_space,
     layer_norm,
     pool,
@@ -69,21 +72,24 @@ class Trunk(nn.Module):
     """Down, then a light top-down path (1x1 laterals, add, one block), so that every scale sees context."""
 
     widths: tuple[int, ...]
+    strides: Strides
+    remat: bool = False
 
     @nn.compact
     def __call__(
         self, z: Float[Array, "b *s w"], body: list[Float[Array, "b ... 1"]], e: Float[Array, "b e"]
     ) -> list[Float[Array, "b ... _"]]:
+        Block = block(self.remat)
         skips = []
         for s, width in enumerate(self.widths):
             if s:
-                z = Conv(width, name=f"down_{s}")(pool(z, 2)) * body[s]
+                z = Conv(width, name=f"down_{s}")(pool(z, self.strides[s])) * body[s]
             z = Block(name=f"block_{s}")(z, body[s], e)
             skips.append(z)
         features = [z]
         for s in reversed(range(len(self.widths) - 1)):
             above = Conv(self.widths[s], 1, use_bias=False, name=f"up_{s}")(z)
-            z = upsample_linear(above) + Conv(self.widths[s], 1, name=f"lateral_{s}")(skips[s])
+            z = upsample_linear(above, self.strides[s + 1]) + Conv(self.widths[s], 1, name=f"lateral_{s}")(skips[s])
             z = Block(name=f"top_{s}")(z * body[s], body[s], e)
             features.insert(0, z)
         return features
@@ -120,18 +126,22 @@ class Encoder(nn.Module):
       modalities, classes: M and K.
       widths: channels of the trunk, one entry a scale.
       d_c, d_u, d_e: channels of c_m, of u_m, and of the modality embedding e_m.
-      factor: space-to-depth factor of the stem (1 or 2); scale 0 has 1/factor of the image's resolution.
+      strides: one factor an axis for every scale, the first that of the stem's space-to-depth.
       head_dropout: on the unimodal heads, while training: unimodal heads that fit the training set lose their conflict.
+      compute: type of activations and convolutions; parameters, logits and norms' statistics stay float32.
+      remat: blocks keep their inputs alone for the gradient.
     """
 
     modalities: int
     classes: int
     widths: tuple[int, ...]
+    strides: Strides
     d_c: int = 16
     d_u: int = 8
     d_e: int = 32
-    factor: int = 2
     head_dropout: float = 0.2
+    compute: str = "float32"
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -143,13 +153,14 @@ class Encoder(nn.Module):
         train: bool = False,
     ) -> Evidence:
         b, m, *space = image.shape
-        k, f = self.classes, self.factor
-        copies = f ** len(space)
-        inside = body_at_scales(body, f, len(self.widths))
+        k, f = self.classes, self.strides[0]
+        copies = math.prod(f)
+        inside = body_at_scales(body.astype(self.compute), self.strides)
+        shown = image.astype(self.compute)
         # One small call per stem: a vmap over stacked stems is a grouped convolution, which CPUs run badly.
         z = jnp.stack(
             [
-                Stem(self.widths[0], name=f"stem_{i}")(space_to_depth(image[:, i, ..., None], f), inside[0])
+                Stem(self.widths[0], name=f"stem_{i}")(space_to_depth(shown[:, i, ..., None], f), inside[0])
                 for i in range(self.modalities)
             ],
             axis=1,
@@ -157,7 +168,8 @@ class Encoder(nn.Module):
         e = self.param("modality", nn.initializers.normal(1.0), (m, self.d_e))
         e_rows = jnp.broadcast_to(e[None], (b, m, self.d_e)).reshape(b * m, self.d_e)
         rows = [jnp.repeat(mask, m, axis=0) for mask in inside]
-        features = Trunk(self.widths, name="trunk")(z.reshape(b * m, *z.shape[2:]), rows, e_rows)
+        trunk = Trunk(self.widths, self.strides, self.remat, name="trunk")
+        features = trunk(z.reshape(b * m, *z.shape[2:]), rows, e_rows)
 
         c, u, reliability = [], [], []
         logits = None
@@ -165,20 +177,20 @@ class Encoder(nn.Module):
             grid = h.shape[1:-1]
             c_s = layer_norm(Conv(self.d_c, 1, use_bias=False, name=f"consensus_{s}")(h))
             w_u = self.param(f"specific_{s}", nn.initializers.lecun_normal(batch_axis=0), (m, h.shape[-1], self.d_u))
-            u_s = jnp.einsum("bm...h,mhd->bm...d", h.reshape(b, m, *grid, -1), w_u)
+            u_s = jnp.einsum("bm...h,mhd->bm...d", h.reshape(b, m, *grid, -1), w_u.astype(h.dtype))
             if logits is None:
                 dropped = nn.Dropout(self.head_dropout, deterministic=not train)(c_s)
-                head = Conv(k * copies, 1, use_bias=False, name="unimodal")(dropped)
+                said = Conv(k * copies, 1, use_bias=False, dtype=jnp.float32, name="unimodal")(dropped)
                 a_m = self.param("unimodal_bias", _per_modality(background_bias(k)), (m, k))
-                logits = depth_to_space(head, f).reshape(b, m, *space, k) + a_m.reshape(1, m, *(1,) * len(space), k)
+                logits = depth_to_space(said, f).reshape(b, m, *space, k) + a_m.reshape(1, m, *(1,) * len(space), k)
             uncertainty = jax.lax.stop_gradient(conflict.entropy(jax.nn.softmax(logits, axis=-1)))
-            uncertainty = pool(uncertainty.reshape(b * m, *space, 1), f * 2**s)
+            uncertainty = pool(uncertainty.reshape(b * m, *space, 1), cumulated(self.strides)[s]).astype(h.dtype)
             hidden = Conv(16, 1, name=f"reliability_{s}_features")(h)
             hidden += Conv(16, 1, use_bias=False, name=f"reliability_{s}_entropy")(uncertainty)
-            hidden += nn.Dense(16, use_bias=False, name=f"reliability_{s}_modality")(e_rows).reshape(
-                b * m, *(1,) * len(space), 16
-            )
-            r = Conv(1, 1, kernel_init=nn.initializers.normal(0.01), name=f"reliability_{s}")(nn.silu(hidden))
+            rows_16 = nn.Dense(16, use_bias=False, dtype=h.dtype, name=f"reliability_{s}_modality")(e_rows)
+            hidden += rows_16.reshape(b * m, *(1,) * len(space), 16)
+            head = Conv(1, 1, kernel_init=nn.initializers.normal(0.01), dtype=jnp.float32, name=f"reliability_{s}")
+            r = head(nn.silu(hidden))
             c.append(c_s.reshape(b, m, *grid, self.d_c))
             u.append(u_s)
             reliability.append(r.reshape(b, m, *grid))

@@ -8,6 +8,7 @@ F_cf is exactly zero where the modalities agree or only one is there. Equations:
 fusion by relevance and uncertainty of D-GUMM-DS (Mahapatra et al. 2026), of which we know a digest only.
 """
 
+import math
 from typing import no_type_check
 
 import flax.linen as nn
@@ -18,7 +19,17 @@ from jaxtyping import Array, Float
 
 from entrust_jax.enfuse import conflict
 from entrust_jax.enfuse.encoder import Evidence, base_rate
-from entrust_jax.layers import Conv, background_bias, depth_to_space, per_voxel, pool, upsample
+from entrust_jax.layers import (
+    Conv,
+    Factor,
+    Strides,
+    background_bias,
+    cumulated,
+    depth_to_space,
+    per_voxel,
+    pool,
+    upsample,
+)
 
 
 # Its shapes are not checked at run time: JAX rebuilds a pytree with other leaves (numpy arrays, shardings).
@@ -46,7 +57,7 @@ def masked_softmax(r: Float[Array, "b m *t"], mu: Float[Array, "b m *t"]) -> Flo
     return e / (jnp.sum(e, axis=1, keepdims=True) + 1e-9)
 
 
-def pool_maps(x: Float[Array, "b c *s"], factor: int, reduce=jnp.mean) -> Float[Array, "b c *t"]:
+def pool_maps(x: Float[Array, "b c *s"], factor: Factor, reduce=jnp.mean) -> Float[Array, "b c *t"]:
     """`pool` for maps whose second axis counts modalities, pairs or classes."""
     b, c, *space = x.shape
     y = pool(x.reshape(b * c, *space, 1), factor, reduce)
@@ -54,10 +65,10 @@ def pool_maps(x: Float[Array, "b c *s"], factor: int, reduce=jnp.mean) -> Float[
 
 
 class Fusion(nn.Module):
-    """Joins any subset of the evidence. `d_f`: channels of F_cf; `factor`: as in the encoder."""
+    """Joins any subset of the evidence. `d_f`: channels of F_cf; `strides`: as in the encoder."""
 
     d_f: int
-    factor: int
+    strides: Strides
 
     @nn.compact
     def __call__(
@@ -85,15 +96,19 @@ class Fusion(nn.Module):
         F_c, F_u, F_cf = [], [], []
         weights = None
         for scale, (c, u, r) in enumerate(zip(evidence.c, evidence.u, evidence.reliability, strict=True)):
-            factor = self.factor * 2**scale
+            factor = cumulated(self.strides)[scale]
             mu = pool_maps(availability, factor)
-            w = masked_softmax(r, mu)
+            share = masked_softmax(r, mu)
+            if weights is None:
+                weights = share
+            mu, w = mu.astype(c.dtype), share.astype(c.dtype)
             F = jnp.sum(w[..., None] * c, axis=1)
             deviation = c - F[:, None]
             delta = jnp.sum(w[..., None] * jnp.square(deviation), axis=1)
             direction = (mu * w)[..., None] * deviation
             direction = jnp.moveaxis(direction, 1, -2).reshape(b, *F.shape[1:-1], -1)
-            q = jnp.concatenate([delta, direction, jnp.moveaxis(pool_maps(maps, factor), 1, -1)], axis=-1)
+            seen = jnp.moveaxis(pool_maps(maps, factor), 1, -1).astype(c.dtype)
+            q = jnp.concatenate([delta, direction, seen], axis=-1)
             hidden = nn.gelu(Conv(self.d_f, 1, use_bias=False, name=f"psi_{scale}_in")(q))
             psi = Conv(self.d_f, use_bias=False, name=f"psi_{scale}_out")(hidden)
             g = conflict.gate(pool(kappa[..., None], factor, jnp.max), rho)
@@ -101,12 +116,10 @@ class Fusion(nn.Module):
                 g = g * per_voxel(conflict_scale[:, None], g.ndim)
             F_c.append(F)
             F_u.append(mu[..., None] * u)
-            F_cf.append(g * psi)
-            if weights is None:
-                weights = w
+            F_cf.append(g.astype(psi.dtype) * psi)
         assert weights is not None
         weights = weights.reshape(b * m, *weights.shape[2:], 1)
-        weights = upsample(weights, self.factor).reshape(availability.shape)
+        weights = upsample(weights, self.strides[0]).reshape(availability.shape)
         return Fused(tuple(F_c), tuple(F_u), tuple(F_cf), weights, posterior, s, kappa, kappa_pairs, js, present)
 
     def opposition(
@@ -125,7 +138,7 @@ class Auxiliary(nn.Module):
     """Heads that only training uses: the consensus must segment, c and u together must redraw the image."""
 
     classes: int
-    factor: int
+    strides: Strides
     d_e: int = 32
 
     @nn.compact
@@ -138,13 +151,13 @@ class Auxiliary(nn.Module):
         """Consensus logits A' F_c at full resolution, and the image of each modality at the scale of `consensus`."""
         F = fused.F_c[0]
         k = self.classes
-        copies = self.factor ** (F.ndim - 2)
-        logits = Conv(k * copies, 1, bias_init=background_bias(k, copies), name="consensus")(F)
+        copies = math.prod(self.strides[0])
+        logits = Conv(k * copies, 1, bias_init=background_bias(k, copies), dtype=jnp.float32, name="consensus")(F)
         b, m, *grid, _ = consensus.shape
         e = self.param("modality", nn.initializers.normal(1.0), (m, self.d_e))
         x = jnp.concatenate([consensus, specific], axis=-1).reshape(b * m, *grid, -1)
         hidden = Conv(16, name="reconstruct_in")(x)
-        rows = jnp.broadcast_to(nn.Dense(16, name="reconstruct_modality")(e)[None], (b, m, 16))
+        rows = jnp.broadcast_to(nn.Dense(16, dtype=x.dtype, name="reconstruct_modality")(e)[None], (b, m, 16))
         hidden = nn.silu(hidden + rows.reshape(b * m, *(1,) * len(grid), 16))
-        image = Conv(1, name="reconstruct_out")(hidden).reshape(b, m, *grid)
-        return depth_to_space(logits, self.factor), image
+        image = Conv(1, dtype=jnp.float32, name="reconstruct_out")(hidden).reshape(b, m, *grid)
+        return depth_to_space(logits, self.strides[0]), image

@@ -8,6 +8,7 @@ All modality work is done once: the condition enters as per-scale sums computed 
 so that neither steps nor hypotheses repeat it. Equations: ours; spatial modulation as in SPADE (Park et al. 2019).
 """
 
+import math
 from typing import no_type_check
 
 import flax.linen as nn
@@ -16,9 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from entrust_jax.layers import (
-    Block,
     Conv,
+    Strides,
     background_bias,
+    block,
     body_at_scales,
     depth_to_space,
     embed_log_snr,
@@ -66,7 +68,7 @@ class Projection(nn.Module):
             mix = self.param(
                 f"specific_{s}", nn.initializers.lecun_normal(batch_axis=0), (u.shape[1], u.shape[-1], u.shape[-1])
             )
-            specific = jnp.einsum("bm...d,mde->b...e", u, mix)
+            specific = jnp.einsum("bm...d,mde->b...e", u, mix.astype(u.dtype))
             a.append(
                 Conv(width, 1, name=f"consensus_{s}")(F_c[s])
                 + Conv(width, 1, use_bias=False, name=f"cue_{s}")(specific)
@@ -84,15 +86,17 @@ class Denoiser(nn.Module):
 
     Attributes:
       classes: K. widths: channels per scale. b: scale of the one-hot input.
-      factor: space-to-depth factor, as the encoder's.
+      strides, compute, remat: as the encoder's.
       d_embedding: channels of the embedding of lambda and of the modalities present.
     """
 
     classes: int
     widths: tuple[int, ...]
     b: float
-    factor: int = 2
+    strides: Strides
     d_embedding: int = 64
+    compute: str = "float32"
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -104,28 +108,30 @@ class Denoiser(nn.Module):
         training has not learnt to copy by the last steps, where little else is asked.
         """
         scale = input_scale(log_snr, self.b)
-        body = body_at_scales(condition.body, self.factor, len(self.widths))
+        body = body_at_scales(condition.body.astype(self.compute), self.strides)
         seen = x_t * condition.body[..., None] * scale.reshape(-1, *(1,) * (x_t.ndim - 1))
-        h = space_to_depth(seen, self.factor)
+        h = space_to_depth(seen.astype(self.compute), self.strides[0])
         e = nn.Dense(self.d_embedding)(embed_log_snr(log_snr, self.d_embedding)) + condition.embedding
         e = nn.silu(nn.Dense(self.d_embedding)(nn.silu(e)))
 
+        Block = block(self.remat)
         skips = []
         for s, width in enumerate(self.widths):
-            h = (Conv(width, name=f"enter_{s}")(pool(h, 2) if s else h) + condition.a[s]) * body[s]
+            h = (Conv(width, name=f"enter_{s}")(pool(h, self.strides[s]) if s else h) + condition.a[s]) * body[s]
             h = Block(name=f"down_{s}_0")(h, body[s], e, condition.modulation[s])
             h = Block(name=f"down_{s}_1")(h, body[s], e, condition.modulation[s])
             skips.append(h)
         for s in reversed(range(len(self.widths) - 1)):
-            h = upsample_linear(Conv(self.widths[s], 1, use_bias=False, name=f"up_{s}")(h))
+            h = upsample_linear(Conv(self.widths[s], 1, use_bias=False, name=f"up_{s}")(h), self.strides[s + 1])
             h = (h + Conv(self.widths[s], 1, name=f"lateral_{s}")(skips[s])) * body[s]
             h = Block(name=f"top_{s}")(h, body[s], e, condition.modulation[s])
-        copies = self.factor ** (x_t.ndim - 2)
+        copies = math.prod(self.strides[0])
         last = Conv(
             self.classes * copies,
             kernel_init=nn.initializers.zeros_init(),
             bias_init=background_bias(self.classes, copies),
+            dtype=jnp.float32,
             name="logits",
         )(nn.silu(rms_norm(h)))
-        rest = depth_to_space(last, self.factor).astype(jnp.float32)
+        rest = depth_to_space(last, self.strides[0])
         return rest + own_evidence(x_t, log_snr, self.b)

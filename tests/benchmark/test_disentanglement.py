@@ -45,8 +45,8 @@ def test_the_modality_probe_is_at_chance_for_equal_features_and_sure_for_differe
 def test_the_label_probe_reads_the_pixels_of_a_cell_apart():
     label = np.random.default_rng(0).random((CASES, 2 * SIDE, 2 * SIDE)) < 0.3
     cells = label.reshape(CASES, SIDE, 2, SIDE, 2).transpose(0, 1, 3, 2, 4).reshape(CASES, SIDE, SIDE, 4)
-    assert disentanglement.label_probe(cells.astype(np.float32), label, 2) > 0.99
-    assert disentanglement.label_probe(noise(CASES, SIDE, SIDE, 4), label, 2) < 0.3
+    assert disentanglement.label_probe(cells.astype(np.float32), label, (2, 2)) > 0.99
+    assert disentanglement.label_probe(noise(CASES, SIDE, SIDE, 4), label, (2, 2)) < 0.3
 
 
 def test_flipping_a_reader_changes_its_image_at_that_blob_alone():

@@ -9,7 +9,7 @@ from entrust_jax.enfuse.encoder import PRIOR_FLOOR, Encoder, base_rate
 from entrust_jax.layers import apply
 
 M, K = 3, 2
-ENCODER = Encoder(modalities=M, classes=K, widths=(4, 8), d_c=4, d_u=3, d_e=5, factor=2)
+ENCODER = Encoder(modalities=M, classes=K, widths=(4, 8), strides=((2, 2), (2, 2)), d_c=4, d_u=3, d_e=5)
 
 
 def some(*shape: int, seed: int = 0) -> np.ndarray:
@@ -36,7 +36,8 @@ def encode(params, image, coordinates, body=BODY):
 @pytest.mark.parametrize("factor", [1, 2])
 @pytest.mark.parametrize("modalities", [1, 3])
 def test_shapes(space, factor, modalities):
-    net = Encoder(modalities, K, (4, 8), d_c=4, d_u=3, factor=factor)
+    n = len(space)
+    net = Encoder(modalities, K, (4, 8), ((factor,) * n, (2,) * n), d_c=4, d_u=3)
     arrays = jnp.zeros((2, modalities, *space)), jnp.zeros((2, *space, 3)), jnp.ones((2, *space))
     evidence = jax.eval_shape(net.init_with_output, jax.random.key(0), *arrays)[0]
     for s in range(2):

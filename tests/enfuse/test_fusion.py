@@ -12,7 +12,7 @@ from entrust_jax.enfuse.fusion import Auxiliary, Fusion, masked_softmax, pool_ma
 from entrust_jax.layers import apply
 
 B, M, K, SIZE = 2, 3, 2, 8
-FUSION = Fusion(d_f=4, factor=1)
+FUSION = Fusion(d_f=4, strides=((1, 1), (2, 2)))
 ONES = np.ones((B, M, SIZE, SIZE), np.float32)
 
 
@@ -183,9 +183,9 @@ def test_masked_softmax():
 def test_pool_maps():
     x = some(2, 3, 4, 6)
     expected = x.reshape(2, 3, 2, 2, 3, 2)
-    np.testing.assert_allclose(pool_maps(jnp.asarray(x), 2), expected.mean(axis=(3, 5)), atol=1e-6)
-    np.testing.assert_allclose(pool_maps(jnp.asarray(x), 2, jnp.max), expected.max(axis=(3, 5)))
-    assert pool_maps(jnp.zeros((2, 0, 4, 6)), 2).shape == (2, 0, 2, 3)
+    np.testing.assert_allclose(pool_maps(jnp.asarray(x), (2, 2)), expected.mean(axis=(3, 5)), atol=1e-6)
+    np.testing.assert_allclose(pool_maps(jnp.asarray(x), (2, 2), jnp.max), expected.max(axis=(3, 5)))
+    assert pool_maps(jnp.zeros((2, 0, 4, 6)), (2, 2)).shape == (2, 0, 2, 3)
 
 
 @pytest.mark.parametrize("factor", [1, 2])
@@ -193,7 +193,7 @@ def test_auxiliary_shapes(factor):
     evidence = evidence_of()
     shapes = jax.eval_shape(fuse, jax.eval_shape(FUSION.init, jax.random.key(0), evidence, ONES), evidence, ONES)
     cross = jnp.zeros((B, M, 4, 4, 4)), jnp.zeros((B, M, 4, 4, 3))
-    head = Auxiliary(K, factor)
+    head = Auxiliary(K, ((factor,) * 2, (2, 2)))
     logits, image = jax.eval_shape(head.init_with_output, jax.random.key(0), shapes, *cross)[0]
     assert logits.shape == (B, SIZE * factor, SIZE * factor, K)
     assert image.shape == (B, M, 4, 4)

@@ -9,7 +9,7 @@ from entrust_jax.layers import apply
 from entrust_jax.segdiff.denoiser import Denoiser, Projection, Projections
 
 B, M, K, WIDTHS = 2, 3, 3, (4, 8)
-DENOISER = Denoiser(K, WIDTHS, b=0.2, factor=2, d_embedding=8)
+DENOISER = Denoiser(K, WIDTHS, b=0.2, strides=((2, 2), (2, 2)), d_embedding=8)
 PROJECTION = Projection(WIDTHS, 8)
 
 
@@ -53,7 +53,7 @@ def project(params, *parts):
 @pytest.mark.parametrize("factor", [1, 2])
 def test_shapes(space, factor):
     """As many spatial axes as the input has."""
-    net = Denoiser(K, WIDTHS, b=0.1, factor=factor)
+    net = Denoiser(K, WIDTHS, b=0.1, strides=((factor,) * len(space), (2,) * len(space)))
     grids = [tuple(n // (factor * 2**s) for n in space) for s in range(2)]
     maps = tuple(jnp.zeros((B, *grid, w)) for grid, w in zip(grids, WIDTHS, strict=True))
     condition = Projections(maps, maps, jnp.zeros((B, 64)), jnp.ones((B, *space)))
