@@ -323,9 +323,9 @@ def of_members(members: np.ndarray, tau: float) -> dict[str, np.ndarray]:
 
 
 def border(label: np.ndarray, spacing: tuple[float, ...], volumetric: bool) -> np.ndarray:
-    """Signed distance [d h w] to the mask's border, in voxels: in each slice for a network on slices; for one on volumes
+    """Signed distance [d h w] to the mask's border in voxels: of each slice; for a network on volumes of the volume, in
 
-    in the volume, in millimetres divided by the finest spacing.
+    millimetres divided by the finest spacing.
     """
     return (
         calibration.signed_distance_mm(label, spacing) / min(spacing)

@@ -69,13 +69,13 @@ def test_the_maps_are_those_of_slices(raw):
     """Names, types and axes, so that all that follows is one code for both."""
     flat = EnTrust(M, K, widths=(4, 8), d_c=4, d_u=4, strides=((2, 2), (2, 2)), head_dropout=0.2, b=0.2)
     case = volume()
-    batch = inference.pipeline.evaluation_slices(case, multiple=(16, 16))
+    batch = inference.pipeline.evaluation_slices(case, multiple=16)
     shapes = jax.eval_shape(flat.init, {"params": KEY, "dropout": KEY}, batch, KEY)
     rng = np.random.default_rng(1)
     some = jax.tree.map(lambda leaf: (0.4 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
     of_slices = inference.examine(
         some, case, KEY, model=flat, sampler=SAMPLER, mesh=data_mesh(jax.devices()[:1]), hypotheses=N,
-        multiple=(16, 16),
+        multiple=16,
     )  # fmt: skip
     assert raw.keys() == of_slices.keys()
     for name, value in of_slices.items():
