@@ -74,15 +74,15 @@ def network_of(config: Any) -> model.EnTrust | unet.UNet:
 
 
 def example_batch(config: Any, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of a training batch of `size` slices."""
-    h, w = config.data.patch
+    """Shapes and types of a training batch of `size` patches."""
+    space = tuple(config.data.patch)
     m = len(config.data.modalities)
     shapes = {
-        "image": ((size, m, h, w), "float32"),
+        "image": ((size, m, *space), "float32"),
         "present": ((size, m), "bool"),
-        "label": ((size, h, w), "int32"),
-        "body": ((size, h, w), "bool"),
-        "coordinates": ((size, h, w, 3), "float32"),
+        "label": ((size, *space), "int32"),
+        "body": ((size, *space), "bool"),
+        "coordinates": ((size, *space, 3), "float32"),
         "weight": ((size,), "float32"),
         "valid": ((size,), "bool"),
         "case": ((size,), "int32"),
@@ -101,15 +101,14 @@ def init_params(config: Any, key: jax.Array) -> Any:
     return network.init({"params": key, "dropout": key}, batch, key)
 
 
-def coarsest(config: Any) -> int:
-    """Voxels along the side of one voxel of the network's coarsest scale: in-plane sizes must be a multiple of it."""
-    widths = config.model.widths if config.method == "entrust" else config.unet.widths
-    return config.model.space_to_depth * 2 ** (len(widths) - 1)
+def coarsest(config: Any) -> tuple[int, ...]:
+    """Voxels along each side of one voxel of the network's coarsest scale: sizes must be multiples of them."""
+    return tuple(math.prod(factors) for factors in zip(*model.strides_of(config), strict=True))
 
 
 def multiple(config: Any) -> int:
     """In-plane sizes are padded to a multiple of this: what pooling needs, and few enough shapes to compile for."""
-    return math.lcm(16, coarsest(config))
+    return math.lcm(16, *coarsest(config))
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +239,7 @@ def examine_with(
 ) -> inference.Raw:
     """`examine` for parameters that are not in a working folder yet (the trainer's calibration stage)."""
     rooms = windows if volumetric(config) else inference
-    shared = {"model": network, "mesh": devices, "slices": slices} | _extent(config)
+    shared = {"model": network, "mesh": devices, "slices": slices} | extent(config)
     if isinstance(network, unet.UNet):
         return rooms.examine_unet(params, volume, tau=tau, **shared)
     return rooms.examine(
@@ -261,7 +260,7 @@ def one_step_with(config: Any, network: Any, params: Any, devices: Mesh, volume:
     rooms = windows if volumetric(config) else inference
     return rooms.one_step(
         params, volume, jax.random.key(config.seed),
-        model=network, sampler=inference.sampler_of(config), mesh=devices, **_extent(config),
+        model=network, sampler=inference.sampler_of(config), mesh=devices, **extent(config),
     )  # fmt: skip
 
 
@@ -270,7 +269,7 @@ def volumetric(config: Any) -> bool:
     return len(config.data.patch) == 3
 
 
-def _extent(config: Any) -> dict[str, Any]:
+def extent(config: Any) -> dict[str, Any]:
     """How a whole scan goes through the network: windows of its patch, or slices padded to a multiple."""
     if volumetric(config):
         return {"window": tuple(config.data.patch), "unit": coarsest(config)}

@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> None:
 
     from entrust_jax import train  # after the cheap checks: it takes seconds to load
 
+    config = train.planned(config, output)
     train.check(output, config)
     cli.setup_devices(at_most=config.train.batch)
     found, errors = inspect(config, output)
@@ -94,7 +95,9 @@ def inspect(config: Any, output: Path) -> tuple[dict[str, Any], list[str]]:
                 errors += survey.impossible(findings, modalities, draw.parts)
                 if not mistakes:
                     found["working_spacing"] = dataset.plan_spacing(data, draw.parts["train"])["spacing"]
-                found["epoch"] = survey.epoch(findings, draw.parts["train"], found.get("working_spacing", ()))
+                found["epoch"] = survey.epoch(
+                    findings, draw.parts["train"], found.get("working_spacing", ()), tuple(data.patch)
+                )
         except UserError as error:
             errors.append(str(error))
     found["shown"] = None if mistakes else survey.telling(findings)
@@ -143,7 +146,7 @@ def print_found(found: dict[str, Any]) -> None:
 def plan(config: Any, found: dict[str, Any]) -> dict[str, Any]:
     """Compiles every stage, times its step on two batches of a case, and says what training costs.
 
-    An epoch has the slices with a body, on the working grid, of the labelled cases in the training part. Batches are
+    An epoch is `survey.epoch` of the labelled cases in the training part. Batches are
     made beside the steps, so the slower of the two sets the pace.
     """
     from entrust_jax import api, train
@@ -159,6 +162,7 @@ def plan(config: Any, found: dict[str, Any]) -> dict[str, Any]:
             seconds = max(making, train.step_seconds(config, stage, own.call, devices, batches))
             programs[stage.name] = dataclasses.replace(own, step_seconds=seconds)
     train.print_plan(config, stages, programs, devices, cli.default_workdir(config))
+    unit = "patches" if api.volumetric(config) else "slices"
     slices, size = found["epoch"], mesh.round_to_devices(config.train.batch, devices)
     source = f"measured on two batches of {found['shown']}" if batches else "measured on empty batches"
     costs = {}
@@ -166,7 +170,7 @@ def plan(config: Any, found: dict[str, Any]) -> dict[str, Any]:
         own = programs[stage.name]
         minutes, passes = slices / size * own.step_seconds / 60, stage.steps * size / max(slices, 1)
         print(
-            f"  {stage.name}: an epoch of {slices} slices takes {minutes:.1f} min, {source}; "
+            f"  {stage.name}: an epoch of {slices} {unit} takes {minutes:.1f} min, {source}; "
             f"the plan is {passes:.1f} epochs"
         )
         costs[stage.name] = {

@@ -190,7 +190,7 @@ def score_all(
             slices, *sides = resampling.working(own, trained.spacing).sizes
             chunk = inference.chunk_size(slices, trained.mesh)
             size = (name, (chunk, *(-(-side // multiple) for side in sides)))
-            if size not in met:
+            if not api.volumetric(trained.config) and size not in met:
                 api.predict_volume(trained, case[name])
                 met.add(size)
         predictions = {name: api.predict_volume(trained, case[name]) for name, trained in methods.items()}

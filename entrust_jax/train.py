@@ -62,9 +62,9 @@ class Stage:
 def main(argv: Sequence[str]) -> None:
     """The order of events."""
     del argv
-    config = flags.FLAGS.config
-    workdir = Path(flags.FLAGS.workdir or cli.default_workdir(config))
+    workdir = Path(flags.FLAGS.workdir or cli.default_workdir(flags.FLAGS.config))
     cli.check_place(workdir, "--workdir")
+    config = planned(flags.FLAGS.config, workdir)
     check(workdir, config)
     cli.setup_devices(at_most=config.train.batch)
     network = api.network_of(config)
@@ -93,6 +93,27 @@ def run(config: Any, workdir: Path, network: Any, stages: list[Stage]) -> None:
     calibrate(config, workdir, network, params, tau, volumes["calibration"], devices)
 
 
+def planned(config: Any, workdir: Path) -> Any:
+    """The config with the strides of a network on volumes, where it leaves them to the data.
+
+    A folder that was begun keeps its own. Raises UserError where the data is missing.
+    """
+    patch = config.data.patch
+    if not (isinstance(patch, tuple | list) and len(patch) == 3) or config.model.strides:
+        return config
+    check_values(config)
+    own = config.copy_and_resolve_references()
+    if (workdir / "config.json").exists():
+        begun: Any = api.read_config(workdir)
+        strides = begun.model.strides
+    else:
+        scales = len(config.model.widths if config.method == "entrust" else config.unet.widths)
+        strides = dataset.plan_strides(config.data, scales, config.model.space_to_depth)
+        print("planned strides along D x H x W, from the spacing: " + ", ".join("x".join(map(str, s)) for s in strides))
+    own.model.strides = tuple(tuple(factors) for factors in strides)
+    return own.lock()
+
+
 # Before data is touched -----------------------------------------------------------------------------------------------
 
 
@@ -102,8 +123,9 @@ def check(workdir: Path, config: Any) -> None:
         raise UserError(f"config.method is {config.method!r}; set it to one of {', '.join(NETWORK_STAGES)}")
     check_values(config)
     data, side = config.data, api.coarsest(config)
-    if any(size % side for size in data.patch):
-        raise UserError(f"config.data.patch is {tuple(data.patch)}; give multiples of {side}, for the coarsest scale")
+    if any(size % unit for size, unit in zip(data.patch, side, strict=True)):
+        words = " x ".join(map(str, side))
+        raise UserError(f"config.data.patch is {tuple(data.patch)}; give multiples of {words}, for the coarsest scale")
     if data.reference not in data.modalities:
         raise UserError(f"config.data.reference is {data.reference!r}; set it to one of {', '.join(data.modalities)}")
     path = workdir / "config.json"
@@ -144,8 +166,11 @@ def check_values(config: Any) -> None:
     for section in ("model", "unet"):
         if not config[section].widths or min(config[section].widths) < 1:
             raise UserError(f"config.{section}.widths is {tuple(config[section].widths)}; give one width a scale")
-    if not isinstance(data.patch, tuple | list) or len(data.patch) != 2 or min(data.patch) < 1:
-        raise UserError(f"config.data.patch is {data.patch}; give the height and width of the training patches")
+    if not isinstance(data.patch, tuple | list) or len(data.patch) not in (2, 3) or min(data.patch) < 1:
+        raise UserError(
+            f"config.data.patch is {data.patch}; give the height and width of the training patches, or depth, height "
+            "and width to train on volumes"
+        )
     layouts.known_names(tuple(data.modalities), data.names.to_dict())
     output.label_values(data.label_map, len(data.classes))
     for value, index in data.label_map:
@@ -351,7 +376,7 @@ def print_plan(config: Any, stages: list[Stage], programs: dict[str, Compiled], 
     print(f"{config.name}: {config.method} -> {workdir}")
     print(
         f"  {len(data.modalities)} modalities ({', '.join(data.modalities)}), {len(data.classes)} classes "
-        f"({', '.join(data.classes)}); batches of {size} slices {tuple(data.patch)} on {devices.size} device(s)"
+        f"({', '.join(data.classes)}); batches of {size} patches {tuple(data.patch)} on {devices.size} device(s)"
     )
     total = 0.0
     for stage in stages:

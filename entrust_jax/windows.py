@@ -155,7 +155,7 @@ def probe(params: Any, batch: dict[str, Array], label: Array, key: Array, *, mod
 
 @functools.cache
 def program(
-    model: EnTrust, sampler: Sampler, mesh: Mesh, window: Size, lattice: Size, windows: int, shapes: Any
+    model: Any, sampler: Sampler, mesh: Mesh, window: Size, lattice: Size, windows: int, shapes: Any
 ) -> jax.stages.Compiled:
     """`draw`, compiled for a lattice of this size with room for so many windows. shapes: of parameters and key."""
     whole, split = replicated(mesh), batch_sharding(mesh)
@@ -231,6 +231,60 @@ def draw(
     return jax.tree.map(lambda total, one: total + use * one, sums, more), winner.astype(jnp.uint8)
 
 
+def program_for(params: Any, around: Frame, windows: int, key: Array, *, model: EnTrust, sampler: Sampler, mesh: Mesh):
+    """`program` for so many windows of a scan, and the room that it has for them: few programs, whatever the number."""
+    room = 1 << max(windows - 1, 0).bit_length()
+    leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, key)))
+    lattice = around.scan["body"].shape
+    network: Any = model  # flax makes it hashable, which its type does not say
+    return program(network, sampler, mesh, around.window, lattice, room, (tree, tuple(leaves))), room
+
+
+def memory(
+    params: Any,
+    volume: Volume,
+    *,
+    model: EnTrust,
+    sampler: Sampler,
+    mesh: Mesh,
+    hypotheses: int,
+    window: Size,
+    unit: Size,
+) -> dict[str, Any]:
+    """How much memory examining a scan takes at most, beside the parameters, in bytes (ours).
+
+    What the compiler reserves for a hypothesis on every device, and this process's own maps: on the lattice of windows
+    and, at the end, in the scan. All windows that touch the body are taken to be sampled.
+    """
+    around = frame(volume, window, unit)
+    count = len(lattices.origins(around.scan["body"], window, unit))
+    call, room = program_for(params, around, count, jax.random.key(0), model=model, sampler=sampler, mesh=mesh)
+    found: Any = call.memory_analysis()
+    reserved = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    device = mesh.size * (reserved - found.alias_size_in_bytes)
+    m, k = model.modalities, model.classes
+    floats = 2 * k + 2 * m * k + m * (m - 1) // 2 + 2 * m + 10  # of the maps that `examine` returns, a voxel
+    probes = m * k + 2 * m + 2  # while they are joined, beside the maps
+    lattice, scan = around.scan["body"].size, volume.body.size
+    host = 4 * lattice * (floats + probes + m + 3) + hypotheses * lattice + (4 * floats + m + hypotheses) * scan
+    return {
+        "bytes": int(device + host),
+        "windows": count,
+        "room": room,
+        "window": tuple(window),
+        "hypotheses": hypotheses,
+    }
+
+
+def in_words(estimate: dict[str, Any]) -> str:
+    """The estimate of `memory` for people."""
+    size = " x ".join(map(str, estimate["window"]))
+    return (
+        f"{estimate['windows']} windows of {size} voxels, {estimate['hypotheses']} hypotheses: about "
+        f"{estimate['bytes'] / 2**30:.1f} GB of memory"
+    )
+
+
 def first_look(
     params: Any, around: Frame, key: Array, *, model: EnTrust, sampler: Sampler, mesh: Mesh
 ) -> tuple[np.ndarray, list[Any], dict[str, np.ndarray]]:
@@ -287,9 +341,7 @@ def sample(
     if not len(at):
         labels = np.argmax(maps["one_step"], axis=-1).astype(np.uint8)
         return inference.as_one_hypothesis(maps["one_step"]), np.repeat(labels[None], hypotheses, axis=0)
-    room = 1 << (len(at) - 1).bit_length()  # few programs, whatever the number of windows
-    leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, key)))
-    call = program(model, sampler, mesh, around.window, lattice, room, (tree, tuple(leaves)))
+    call, room = program_for(params, around, len(at), key, model=model, sampler=sampler, mesh=mesh)
     whole, split = replicated(mesh), batch_sharding(mesh)
 
     def filled(rows: Sequence[Any] | np.ndarray) -> Array:

@@ -1,11 +1,14 @@
 """python -m entrust_jax.benchmark --suite=phantom --output=O [--seeds=3] [--quick | --ablation="A0 mean fusion" ...]
 python -m entrust_jax.benchmark --suite=steps
 python -m entrust_jax.benchmark --suite=latency --config=configs/glioma.py
+python -m entrust_jax.benchmark --suite=volume --config=configs/brats.py [--shape=155,240,240 | --workdir=W]
 
 phantom: trains EnTrust and its ablations on the phantom and holds them against the exact posterior. Finished trainings
 in O/runs are not repeated. --quick: one seed, the reference alone; --ablation: the reference and those named.
 steps: what few steps and the scale b cost with an exact denoiser, as markdown.
 latency: seconds of one slice with all its hypotheses and probes, beside U-Net passes.
+volume: minutes and peak memory of one 3-D scan of random weights; with --workdir, what the windows of a trained network
+leave to be seen in its test cases.
 """
 
 import json
@@ -28,7 +31,9 @@ def main(argv: Sequence[str]) -> None:
     del argv
     config = FLAGS.config.copy_and_resolve_references()
     cli.setup_devices(at_most=config.train.batch)
-    {"phantom": phantom_suite, "steps": steps_suite, "latency": latency_suite}[FLAGS.suite](config)
+    {"phantom": phantom_suite, "steps": steps_suite, "latency": latency_suite, "volume": volume_suite}[FLAGS.suite](
+        config
+    )
 
 
 def phantom_suite(config: Any) -> None:
@@ -62,8 +67,27 @@ def latency_suite(config: Any) -> None:
     print(json.dumps(latency.measure(config, FLAGS.size, FLAGS.repeats), indent=2))
 
 
+def volume_suite(config: Any) -> None:
+    """Prints JSON."""
+    from entrust_jax import api
+    from entrust_jax.benchmark import volume
+
+    if FLAGS.workdir:
+        trained = api.load(FLAGS.workdir)
+        cases, _ = api.read_cases(trained)
+        found: Any = [volume.seams(trained, one) for one in cases]
+    else:
+        if not api.volumetric(config):
+            raise UserError(f"config.data.patch is {config.data.patch}: name a config of three numbers, of volumes")
+        depth, height, width = (int(size) for size in FLAGS.shape)
+        found = volume.measure(config, (depth, height, width))
+    print(json.dumps(found, indent=2))
+
+
 if __name__ == "__main__":
-    flags.DEFINE_enum("suite", "phantom", ["phantom", "steps", "latency"], "What to measure.")
+    flags.DEFINE_enum("suite", "phantom", ["phantom", "steps", "latency", "volume"], "What to measure.")
+    flags.DEFINE_string("workdir", None, "volume: a finished working folder.")
+    flags.DEFINE_list("shape", ["155", "240", "240"], "volume: voxels of the scan along D, H, W.")
     flags.DEFINE_string("output", None, "Folder for the results of the phantom suite.")
     flags.DEFINE_integer("seeds", 3, "Trainings of every variant.", lower_bound=1)
     flags.DEFINE_multi_string("ablation", [], "phantom: an ablation to train beside the reference; all by default.")

@@ -1,4 +1,8 @@
-"""Random changes of one training slice that leave its label true."""
+"""Random changes of one training patch that leave its label true.
+
+A patch of a volume is changed slice by slice in the same way: patients turn, and modalities shift, in the plane, where
+the voxels are fine. Through the planes of thick slices an interpolation would smear, and a shift be of a whole slice.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -53,11 +57,12 @@ Streams = Callable[[str, int], np.random.Generator]  # of a kind in a modality
 
 
 def flip(element: Mapping[str, np.ndarray], axis: int) -> dict[str, np.ndarray]:
-    """Mirrors a slice along H (axis 0) or W (axis 1); its coordinates go on giving the position."""
+    """Mirrors a patch along H (axis 0) or W (axis 1); its coordinates go on giving the position."""
     result = dict(element)
-    result["image"] = np.flip(element["image"], axis + 1)
+    at = element["body"].ndim - 2 + axis
+    result["image"] = np.flip(element["image"], at + 1)
     for name in ("label", "body", "coordinates"):
-        result[name] = np.flip(element[name], axis)
+        result[name] = np.flip(element[name], at)
     # Component 0 of a coordinate is D, which a flip within the slice leaves alone.
     sign = np.ones(element["coordinates"].shape[-1], np.float32)
     sign[axis + 1] = -1
@@ -93,7 +98,7 @@ def intensity(
 
 
 def augment(element: Mapping[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """One slice (image [M, H, W], present [M], label, body [H, W], coordinates [H, W, 3]) changed at random.
+    """One patch (image [M, *s], present [M], label, body [*s], coordinates [*s, 3]) changed at random.
 
     Mirrored left to right (H is x) half of the time, never front to back, which no patient is; then
     `intensity`.
@@ -147,7 +152,7 @@ def no_signal(image: Float32[np.ndarray, "m *s"], rules: Sequence[Rule | None]) 
     return np.array([known[rule[0]] if rule else dark for rule, dark in zip(rules, darkest, strict=True)])
 
 
-def measured(image: Float32[np.ndarray, "h w"], body: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+def measured(image: Float32[np.ndarray, "*s"], body: Bool[np.ndarray, "*s"]) -> Bool[np.ndarray, "*s"]:
     """Where in the body a modality says something: beyond its field of view it is 0, and has to stay so.
 
     A single 0 between other values is a value.
@@ -155,7 +160,7 @@ def measured(image: Float32[np.ndarray, "h w"], body: Bool[np.ndarray, "h w"]) -
     seen = image != 0
     if seen[body].all():
         return body
-    return body & (seen | ndimage.binary_closing(seen, np.ones((3, 3), bool)))
+    return body & (seen | ndimage.binary_closing(seen, np.ones((1,) * (seen.ndim - 2) + (3, 3), bool)))
 
 
 def draw_move(
@@ -235,6 +240,24 @@ def moved(
     }
 
 
+def moved_slices(
+    slab: Mapping[str, np.ndarray],
+    move: Move,
+    origin: Int[np.ndarray, " 2"],
+    patch: Sequence[int],
+    empty: Float[np.ndarray, " m"],
+) -> dict[str, np.ndarray]:
+    """`moved` of every slice of a slab (image [M, D, H, W]) alike; patch: sizes along H and W."""
+    planes = [
+        {name: slab[name][d] for name in ("label", "body", "coordinates")}
+        | {"image": slab["image"][:, d], "present": slab["present"]}
+        for d in range(len(slab["body"]))
+    ]
+    found = [moved(plane, move, origin, patch, empty) for plane in planes]
+    stacked = {name: np.stack([one[name] for one in found]) for name in ("label", "body", "coordinates")}
+    return {**slab, **stacked, "image": np.stack([one["image"] for one in found], axis=1)}
+
+
 def moved_coordinates(
     coordinates: Float32[np.ndarray, "h w 3"],
     matrix: Float[np.ndarray, "2 2"],
@@ -262,11 +285,11 @@ def moved_coordinates(
 
 
 def gamma(
-    z: Float32[np.ndarray, "h w"],
-    inside: Bool[np.ndarray, "h w"],
+    z: Float32[np.ndarray, "*s"],
+    inside: Bool[np.ndarray, "*s"],
     empty: float,
     rng: np.random.Generator,
-) -> Float32[np.ndarray, "h w"]:
+) -> Float32[np.ndarray, "*s"]:
     """Another contrast: the signal z - empty, over its largest value, to a power; mean and deviation are kept.
 
     Half of the powers are in [.7, 1], half in [1, 1.5], as nnU-Net draws them, which keeps the moments too: a z-score
@@ -286,17 +309,18 @@ def gamma(
 
 
 def bias(
-    z: Float32[np.ndarray, "h w"],
-    inside: Bool[np.ndarray, "h w"],
+    z: Float32[np.ndarray, "*s"],
+    inside: Bool[np.ndarray, "*s"],
     empty: float,
-    coordinates: Float32[np.ndarray, "h w 3"],
+    coordinates: Float32[np.ndarray, "*s 3"],
     rng: np.random.Generator,
-) -> Float32[np.ndarray, "h w"]:
+) -> Float32[np.ndarray, "*s"]:
     """A coil's uneven reception: the signal z - empty times exp of a cubic polynomial of the place in the body.
 
-    The model is that of Van Leemput et al. 1999, which TorchIO draws from too. See `log_field`.
+    The model is that of Van Leemput et al. 1999, which TorchIO draws from too. See `log_field`. Along D it is even.
     """
-    field = log_field(coordinates, rng)
+    middle = coordinates if coordinates.ndim == 3 else coordinates[len(coordinates) // 2]
+    field = log_field(middle, rng)
     return np.where(inside, empty + (z - empty) * np.exp(field), z).astype(np.float32)
 
 
@@ -316,18 +340,18 @@ def log_field(coordinates: Float32[np.ndarray, "h w 3"], rng: np.random.Generato
 
 
 def ghosting(
-    z: Float32[np.ndarray, "h w"],
-    inside: Bool[np.ndarray, "h w"],
+    z: Float32[np.ndarray, "*s"],
+    inside: Bool[np.ndarray, "*s"],
     empty: float,
     rng: np.random.Generator,
-) -> Float32[np.ndarray, "h w"]:
+) -> Float32[np.ndarray, "*s"]:
     """Faint copies of the body along the phase encoding, as breath and pulse leave them (see `ghosts`)."""
-    axis, every = int(rng.integers(2)), int(rng.integers(GHOSTS[0], GHOSTS[1] + 1))
+    axis, every = z.ndim - 2 + int(rng.integers(2)), int(rng.integers(GHOSTS[0], GHOSTS[1] + 1))
     signal = ghosts(np.where(inside, z - np.float32(empty), np.float32(0)), axis, every, rng.uniform(*GHOSTED))
     return np.where(inside, empty + signal, z).astype(np.float32)
 
 
-def ghosts(signal: Float32[np.ndarray, "h w"], axis: int, every: int, share: float) -> Float[np.ndarray, "h w"]:
+def ghosts(signal: Float32[np.ndarray, "*s"], axis: int, every: int, share: float) -> Float[np.ndarray, "*s"]:
     """The magnitude image when every n-th line of k-space along an axis has lost a share of its strength.
 
     Copies of the signal appear at 1/n of the field of view. The middle of k-space stays, and with it the brightness, as
@@ -337,19 +361,19 @@ def ghosts(signal: Float32[np.ndarray, "h w"], axis: int, every: int, share: flo
     line = np.arange(size // 2 + 1)  # of a real image the other half is the same
     weak = (line % every == 0) & (line > CENTRE / 2 * size)
     factor = np.where(weak, 1 - share, 1.0)
-    spectrum = np.fft.rfft(signal, axis=axis) * (factor[:, None] if axis == 0 else factor)
+    spectrum = np.fft.rfft(signal, axis=axis) * factor.reshape([-1 if i == axis else 1 for i in range(signal.ndim)])
     return np.abs(np.fft.irfft(spectrum, n=size, axis=axis))
 
 
 def noise(
-    z: Float32[np.ndarray, "h w"],
-    inside: Bool[np.ndarray, "h w"],
+    z: Float32[np.ndarray, "*s"],
+    inside: Bool[np.ndarray, "*s"],
     empty: float,
     rule: Rule | None,
     spacing: Sequence[float],
     rng: np.random.Generator,
-) -> Float32[np.ndarray, "h w"]:
-    """The noise of the scanner. spacing: mm along H and W.
+) -> Float32[np.ndarray, "*s"]:
+    """The noise of the scanner. spacing: mm along the axes of the patch.
 
     MR: Rician, |z - empty + n + i n'|, Gudbjartsson and Patz 1995. CT: Gaussian within the window; what is clipped
     stays at its end. PET: deviation as the square root of the uptake, correlated over 6 mm, never below 0.
@@ -374,7 +398,7 @@ def appearance(
     stream: Streams,
     empty: Float[np.ndarray, " m"],
     spacing: Sequence[float],
-) -> Float32[np.ndarray, "m h w"]:
+) -> Float32[np.ndarray, "m *s"]:
     """The images of a patch after gamma, bias field, ghosting and noise, each modality on its own, in this order: first
 
     the tissue, then the scanner. Nothing changes outside the body, beyond a field of view or in a missing modality.

@@ -154,13 +154,38 @@ def plan_spacing(data: Any, names: Iterable[str]) -> dict[str, Any]:
     """The working spacing of config.data.spacing for these training cases, as spacing.json holds it.
 
     spacing: mm along D, H, W, 0 where an axis stays as scanned; empty where all do. Where it is planned, from the
-    headers of the cases' reference scans: planned is nnU-Net's plan (`resampling.plan`), and spacing the same with 0
-    for D, since the networks see axial slices and nothing is made up between slices (nnU-Net's 2-D configuration does
+    headers of the cases' reference scans: planned is nnU-Net's plan (`resampling.plan`), and spacing the same, with 0
+    for D where the networks see axial slices, since nothing is made up between slices (nnU-Net's 2-D configuration does
     the same). Raises UserError for a value that is none, and when no header can be read.
     """
     asked = resampling.asked_spacing(data.spacing)
     if asked != resampling.PLANNED:
         return {"spacing": list(asked)}
+    found = lattices(data, names)
+    planned = resampling.plan(np.array([one.spacing for one in found]), np.array([one.sizes for one in found]))
+    depth = planned[0] if len(data.patch) == 3 else 0.0
+    return {"spacing": [depth, *planned[1:]], "planned": list(planned), "cases": len(found)}
+
+
+def plan_strides(data: Any, scales: int, fold: int) -> tuple[tuple[int, ...], ...]:
+    """`resampling.plan_strides` for patches of volumes: from the working spacing, and the median over all labelled
+
+    cases where that leaves an axis as scanned. Raises UserError where there is no data, or no header can be read.
+    """
+    names = [phantom.case_name(0)] if data.layout == "phantom" else [case.name for case in find(data)]
+    median = np.median([one.spacing for one in lattices(data, names)], axis=0)
+    asked = resampling.asked_spacing(data.spacing)
+    if asked == resampling.PLANNED:
+        asked = tuple(plan_spacing(data, names)["spacing"])
+    spacing = [own or there for own, there in zip(asked or (0.0, 0.0, 0.0), median.tolist(), strict=True)]
+    return resampling.plan_strides(spacing, tuple(data.patch), scales, fold)
+
+
+def lattices(data: Any, names: Iterable[str]) -> list[resampling.Lattice]:
+    """The grids of the reference scans of those of these cases that have a label, from their headers alone.
+
+    Raises UserError when none can be read.
+    """
     if data.layout == "phantom":
         spec = phantom_spec(data)
         found = [resampling.Lattice((spec.depth, *spec.size), (1.0, 1.0, 1.0)) for _ in names]
@@ -174,8 +199,7 @@ def plan_spacing(data: Any, names: Iterable[str]) -> dict[str, Any]:
         raise UserError(
             f"{data.dir}: no training case has a header to plan config.data.spacing from; set it to millimetres or ()"
         )
-    planned = resampling.plan(np.array([one.spacing for one in found]), np.array([one.sizes for one in found]))
-    return {"spacing": [0.0, *planned[1:]], "planned": list(planned), "cases": len(found)}
+    return found
 
 
 def working_spacing(data: Any, path: Path, names: Iterable[str] = ()) -> tuple[float, ...]:

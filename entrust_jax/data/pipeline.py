@@ -1,4 +1,8 @@
-"""Batches of axial slices: random access for training, whole volumes for evaluation."""
+"""Batches of patches: random access for training, whole volumes of slices for evaluation.
+
+A patch of two sizes (H, W) is cut from an axial slice, one of three (D, H, W) from a volume. A row is what a patch is
+cut from: a slice or a volume. The code is the same for both.
+"""
 
 import dataclasses
 import functools
@@ -20,32 +24,33 @@ THREADS = 2  # that make batches beside the steps
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-    """What the sampler knows of the training slices (S slices with a body, F of them with foreground).
+    """What the sampler knows of the training rows (S with a body, F of them with foreground).
 
-    volume, slice: where each slice is. low, high: first and last corner of a patch in it, along H and W.
-    foreground: rows of the slices with foreground, grouped by volume; starts: where each group begins, and
-    the end of the last.
+    volume, slice: where each row is (slice 0 for a whole volume). low, high: first and last corner of a patch in it,
+    along each axis. foreground: rows with foreground, grouped by volume; pixels: the lesion pixels inside the body of
+    each of these, of any rater, in the frame of the corners; starts: where each group begins, and the end of the last.
     """
 
     volumes: tuple[Volume, ...]
-    patch: tuple[int, int]
+    patch: tuple[int, ...]
     volume: Int[np.ndarray, " s"]
     slice: Int[np.ndarray, " s"]
-    low: Int[np.ndarray, "s 2"]
-    high: Int[np.ndarray, "s 2"]
+    low: Int[np.ndarray, "s axes"]
+    high: Int[np.ndarray, "s axes"]
     foreground: Int[np.ndarray, " f"]
+    pixels: tuple[Int[np.ndarray, "_ axes"], ...]
     starts: Int[np.ndarray, " groups"]
 
 
-def corners(body: Bool[np.ndarray, "h w"], patch: Sequence[int]) -> tuple[list[int], list[int]]:
-    """First and last corner (inclusive, along H and W) of a patch that stays with the body.
+def corners(body: Bool[np.ndarray, "*s"], patch: Sequence[int]) -> tuple[list[int], list[int]]:
+    """First and last corner (inclusive, along each axis) of a patch that stays with the body.
 
     Where the body's box fits into the patch, the corners of the patches that hold all of it; elsewhere those
-    of the patches inside the box. A slice smaller than the patch has the one corner 0.
+    of the patches inside the box. A row smaller than the patch has the one corner 0.
     """
     low, high = [], []
     for axis, size in enumerate(patch):
-        hit = np.flatnonzero(body.any(axis=1 - axis))
+        hit = np.flatnonzero(body.any(axis=tuple(other for other in range(body.ndim) if other != axis)))
         first, last = int(hit[0]), int(hit[-1]) + 1 - size
         most = max(body.shape[axis] - size, 0)
         low.append(min(max(min(first, last), 0), most))
@@ -53,21 +58,31 @@ def corners(body: Bool[np.ndarray, "h w"], patch: Sequence[int]) -> tuple[list[i
     return low, high
 
 
+def rows_of(values: np.ndarray, axes: int) -> np.ndarray:
+    """An array [d h w] as rows for patches of so many axes: its slices, or the whole as one."""
+    return values if axes == 2 else values[None]
+
+
 def make_table(volumes: Sequence[Volume], patch: Sequence[int]) -> Table:
-    """Lists the slices with a body. Raises UserError when there are none or a volume has no label."""
+    """Lists the rows with a body. Raises UserError when there are none or a volume has no label."""
     rows: list[tuple[int, int]] = []
     boxes = []
     foreground: list[int] = []
+    pixels = []
     starts = [0]
     for v, volume in enumerate(volumes):
         if volume.label is None:
             raise UserError(f"{volume.name}: has no label; training needs one for every case")
-        lesion = np.any((labels_of(volume) > 0) & volume.body, axis=(0, 2, 3))
-        for d in np.flatnonzero(np.any(volume.body, axis=(1, 2))):
-            if lesion[d]:
+        bodies = rows_of(volume.body, len(patch))
+        lesions = rows_of(np.any(labels_of(volume) > 0, axis=0) & volume.body, len(patch))
+        for d, body in enumerate(bodies):
+            if not body.any():
+                continue
+            if lesions[d].any():
                 foreground.append(len(rows))
-            rows.append((v, int(d)))
-            boxes.append(corners(volume.body[d], patch))
+                pixels.append(np.argwhere(lesions[d]).astype(np.int16))
+            rows.append((v, d))
+            boxes.append(corners(body, patch))
         if len(foreground) > starts[-1]:
             starts.append(len(foreground))
     if not rows:
@@ -76,26 +91,27 @@ def make_table(volumes: Sequence[Volume], patch: Sequence[int]) -> Table:
     box = np.array(boxes)
     return Table(
         volumes=tuple(volumes),
-        patch=(int(patch[0]), int(patch[1])),
+        patch=tuple(int(size) for size in patch),
         volume=index[:, 0],
         slice=index[:, 1],
         low=box[:, 0],
         high=box[:, 1],
         foreground=np.array(foreground, int),
+        pixels=tuple(pixels),
         starts=np.array(starts),
     )
 
 
-def patch_weight(table: Table, row: int, corner: Int[np.ndarray, " 2"], share: float) -> float:
+def patch_weight(table: Table, row: int, corner: Int[np.ndarray, " axes"], share: float) -> float:
     """w = p / q of one patch: its population share over its sampling share.
 
-    p: uniform over the S slices with a body, then over the slice's n corners: p = 1 / (S n).
+    p: uniform over the S rows with a body, then over the row's n corners: p = 1 / (S n).
     q = share q_f + (1 - share) p, where q_f is the foreground sampler: one of the C cases with foreground,
-    one of the F_c foreground slices of the case, one of its foreground pixels u, one of the n_u corners whose
+    one of the F_c foreground rows of the case, one of its foreground pixels u, one of the n_u corners whose
     patch holds u: q_f = 1 / (C F_c) mean_u [patch holds u] / n_u.
     Then E_q[w] = 1, w <= 1 / (1 - share), and mean(w loss) estimates the plain mean of the loss over all
     patches, so that oversampling the foreground does not bend the probabilities that minimise a proper loss.
-    Where a slice has one corner this is p(slice) / q(slice). Mixture importance weights: Owen and Zhou 2000.
+    Where a row has one corner this is p(row) / q(row). Mixture importance weights: Owen and Zhou 2000.
     """
     low, high = table.low[row], table.high[row]
     p = 1 / (len(table.volume) * float(np.prod(high - low + 1)))
@@ -111,25 +127,23 @@ def patch_weight(table: Table, row: int, corner: Int[np.ndarray, " 2"], share: f
     return p / (share * inside + (1 - share) * p)
 
 
-def foreground_pixels(table: Table, row: int) -> Int[np.ndarray, "u 2"]:
-    """The lesion pixels inside the body of one slice, of any rater, in the frame of the patch corners."""
-    volume = table.volumes[table.volume[row]]
-    d = table.slice[row]
-    return np.argwhere(np.any(labels_of(volume)[:, d] > 0, axis=0) & volume.body[d])
+def foreground_pixels(table: Table, row: int) -> Int[np.ndarray, "u axes"]:
+    """The lesion pixels of a row with foreground."""
+    return table.pixels[int(np.searchsorted(table.foreground, row))].astype(int)
 
 
 def holders(
-    pixels: Int[np.ndarray, "*u 2"],
-    low: Int[np.ndarray, " 2"],
-    high: Int[np.ndarray, " 2"],
-    patch: tuple[int, int],
-) -> tuple[Int[np.ndarray, "*u 2"], Int[np.ndarray, "*u 2"]]:
+    pixels: Int[np.ndarray, "*u axes"],
+    low: Int[np.ndarray, " axes"],
+    high: Int[np.ndarray, " axes"],
+    patch: tuple[int, ...],
+) -> tuple[Int[np.ndarray, "*u axes"], Int[np.ndarray, "*u axes"]]:
     """First and last corner, of those in [low, high], whose patch holds each pixel."""
     return np.maximum(low, pixels - np.array(patch) + 1), np.minimum(high, pixels)
 
 
-def fit(array: np.ndarray, corner: Int[np.ndarray, " 2"], patch: Sequence[int], axis: int, fill: int) -> np.ndarray:
-    """The patch of an array whose H and W are axes `axis` and `axis + 1`; filled up where too small."""
+def fit(array: np.ndarray, corner: Int[np.ndarray, " axes"], patch: Sequence[int], axis: int, fill: int) -> np.ndarray:
+    """The patch of an array whose axes from `axis` on are those of the patch; filled up where too small."""
     for k, (start, size) in enumerate(zip(corner, patch, strict=True)):
         at = axis + k
         array = array[(slice(None),) * at + (slice(int(start), int(start) + size),)]
@@ -173,18 +187,19 @@ def example(
     labels = labels_of(volume)
     # The patch does not depend on the rater, so its weight holds. One label costs no draw.
     label = labels[int(rng.integers(len(labels))) if len(labels) > 1 else 0]
-    plane: Batch = {
-        "image": volume.image[:, d],
+    axes = len(table.patch)
+    whole: Batch = {
+        "image": volume.image[:, d] if axes == 2 else volume.image,
         "present": volume.present.copy(),
-        "label": label[d],
-        "body": volume.body[d],
-        "coordinates": volume.coordinates[d],
+        "label": rows_of(label, axes)[d],
+        "body": rows_of(volume.body, axes)[d],
+        "coordinates": rows_of(volume.coordinates, axes)[d],
     }
     if kinds is not None:
         streams = augmentation.streams(seed, index)
-        element = varied(plane, corner, table.patch, kinds, streams, empty[v], volume.spacing[1:])
+        element = varied(whole, corner, table.patch, kinds, streams, empty[v], volume.spacing[-axes:])
     else:
-        element = cut(plane, corner, table.patch)
+        element = cut(whole, corner, table.patch)
     if augment:
         element = augmentation.augment(element, rng)
     element["weight"] = np.float32(patch_weight(table, row, corner, share))  # type: ignore[assignment]
@@ -194,36 +209,39 @@ def example(
     return element
 
 
-def cut(plane: Mapping[str, np.ndarray], corner: Int[np.ndarray, " 2"], patch: Sequence[int]) -> Batch:
-    """The patch of a slice at a corner; where the slice ends, body is False and label -1."""
+def cut(whole: Mapping[str, np.ndarray], corner: Int[np.ndarray, " axes"], patch: Sequence[int]) -> Batch:
+    """The patch of a row at a corner; where the row ends, body is False and label -1."""
     return {
-        **plane,
-        "image": fit(plane["image"], corner, patch, 1, 0),
-        "label": fit(plane["label"], corner, patch, 0, -1),
-        "body": fit(plane["body"], corner, patch, 0, False),
-        "coordinates": fit(plane["coordinates"], corner, patch, 0, 0),
+        **whole,
+        "image": fit(whole["image"], corner, patch, 1, 0),
+        "label": fit(whole["label"], corner, patch, 0, -1),
+        "body": fit(whole["body"], corner, patch, 0, False),
+        "coordinates": fit(whole["coordinates"], corner, patch, 0, 0),
     }
 
 
 def varied(
-    plane: Mapping[str, np.ndarray],
-    corner: Int[np.ndarray, " 2"],
+    whole: Mapping[str, np.ndarray],
+    corner: Int[np.ndarray, " axes"],
     patch: Sequence[int],
     kinds: augmentation.Settings,
     streams: augmentation.Streams,
     empty: Float[np.ndarray, " m"],
     spacing: Sequence[float],
 ) -> Batch:
-    """The patch of a slice at a corner, changed by config.data.augmentation: first where things are, then how they
+    """The patch of a row at a corner, changed by config.data.augmentation: first where things are, then how they look.
 
-    look. spacing: mm along H and W.
+    spacing: mm along the axes of the patch.
     """
-    move = augmentation.draw_move(kinds, streams, plane["present"], spacing)
+    move = augmentation.draw_move(kinds, streams, whole["present"], spacing[-2:])
+    lack = np.maximum(np.array(patch) - whole["body"].shape, 0)
     if move is None:
-        element = cut(plane, corner, patch)
+        element = cut(whole, corner, patch)
+    elif len(patch) == 2:
+        element = augmentation.moved(whole, move, corner - lack // 2, patch, empty)
     else:
-        lack = np.maximum(np.array(patch) - plane["body"].shape, 0)
-        element = augmentation.moved(plane, move, corner - lack // 2, patch, empty)
+        slab = cut(whole, corner * np.array([1, 0, 0]), (patch[0], *whole["body"].shape[1:]))
+        element = augmentation.moved_slices(slab, move, (corner - lack // 2)[1:], patch[1:], empty)
     element["image"] = augmentation.appearance(element, kinds, streams, empty, spacing)
     return element
 
@@ -240,9 +258,9 @@ def training_dataset(
 ) -> grain.MapDataset:
     """Endless training batches by random access: element [step] is a pure function of (seed, step).
 
-    A share of the examples holds a foreground pixel (its case, slice and pixel drawn in turn), the others are
-    uniform over the slices with a body; `weight` undoes the difference (see `patch_weight`). Without any
-    foreground all are uniform, with weight 1. Slices smaller than the patch are zero padded, there body is
+    A share of the examples holds a foreground pixel (its case, row and pixel drawn in turn), the others are
+    uniform over the rows with a body; `weight` undoes the difference (see `patch_weight`). Without any
+    foreground all are uniform, with weight 1. Rows smaller than the patch are zero padded, there body is
     False and label -1. With `augment` they are augmented, also by the kinds given.
     Of several raters each example has one, drawn at random: the noisy mask and its target come from the same, and
     cross-entropy, linear in the label, is least at the mean over the raters, for the modalities' posteriors too.

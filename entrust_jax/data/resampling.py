@@ -75,6 +75,24 @@ def plan(spacings: Float[np.ndarray, "n a"], sizes: Num[np.ndarray, "n a"]) -> t
     return tuple(float(value) for value in target)
 
 
+def plan_strides(
+    spacing: Sequence[float], patch: Sequence[int], scales: int, fold: int = 1
+) -> tuple[tuple[int, ...], ...]:
+    """By how much every scale of a network is coarser than the one before, along each axis; first the space-to-depth.
+
+    An axis is made coarser (2 times; `fold` times by the space-to-depth) while its spacing at that scale is below twice
+    the finest there, so that voxels come to be cubes, and while the patch stays whole along it and at least 4 voxels
+    long: nnU-Net's rule (Isensee et al. 2021), written anew, with its limits on sizes. spacing: mm; patch: voxels.
+    """
+    step, size, strides = np.array(spacing, float), np.array(patch), []
+    for scale in range(scales):
+        factor = fold if scale == 0 else 2
+        own = np.where((step < 2 * step.min()) & (size % factor == 0) & (size // factor >= 4), factor, 1)
+        strides.append(tuple(own.tolist()))
+        step, size = step * own, size // own
+    return tuple(strides)
+
+
 def header_lattice(path: Path) -> Lattice | None:
     """The canonical lattice [D, H, W] of a scan from its header alone; None where it has none (reading says why)."""
     try:

@@ -152,6 +152,12 @@ def samples(data: Any, volume: Volume, seed: int) -> list[Sample]:
     shown["gain, offset, gamma,\nnoise, all mild (100 %)"] = plain | {"image": mild}
     shown |= {f"{kind}\n({100 * kinds.rate[kind]:.0f} %)": patch(index, False, kind) for kind in used}
     shown["all of it"] = patch(index, True, *used)
+    if plain["label"].ndim == 3:  # a page is flat: the slice with most of the label
+        z = int(np.argmax((plain["label"] > 0).sum(axis=(1, 2))))
+        shown = {
+            title: one | {"image": one["image"][:, z], "label": one["label"][z], "body": one["body"][z]}
+            for title, one in shown.items()
+        }
     return [Sample(title, *(one[k] for k in ("image", "present", "label", "body"))) for title, one in shown.items()]
 
 
@@ -251,13 +257,21 @@ def impossible(findings: Sequence[Finding], modalities: Sequence[str], parts: Ma
     return lines
 
 
-def epoch(findings: Sequence[Finding], names: Sequence[str], spacing: Sequence[float]) -> int:
-    """Slices with a body of the labelled cases `names` on the working grid, by their share of the scan."""
+def epoch(
+    findings: Sequence[Finding], names: Sequence[str], spacing: Sequence[float], patch: Sequence[int] = (1, 1)
+) -> int:
+    """Slices with a body of the labelled cases `names` on the working grid, by their share of the scan; for patches of
+
+    three sizes as many of them as cover these slices.
+    """
     total = 0.0
     for one in findings:
         if one.name in names and one.counts is not None and not one.error:
-            depth = resampling.working(resampling.Lattice(one.shape, one.spacing), spacing).sizes[0]
-            total += one.slices * depth / one.shape[0]
+            depth, *plane = resampling.working(resampling.Lattice(one.shape, one.spacing), spacing).sizes
+            slices = one.slices * depth / one.shape[0]
+            sizes = (slices, *plane)
+            covered = [-(-size // own) for size, own in zip(sizes, patch, strict=True)] if len(patch) == 3 else [slices]
+            total += float(np.prod(covered))
     return round(total)
 
 
