@@ -1,11 +1,13 @@
 """python -m entrust_jax.benchmark --suite=phantom --output=O [--seeds=3] [--quick | --ablation="A0 mean fusion" ...]
 python -m entrust_jax.benchmark --suite=steps
 python -m entrust_jax.benchmark --suite=latency --config=configs/glioma.py
+python -m entrust_jax.benchmark --suite=compile --config=configs/brats.py --output=O
 
 phantom: trains EnTrust and its ablations on the phantom and holds them against the exact posterior. Finished trainings
 in O/runs are not repeated. --quick: one seed, the reference alone; --ablation: the reference and those named.
 steps: what few steps and the scale b cost with an exact denoiser, as markdown.
 latency: seconds of one slice with all its hypotheses and probes, beside U-Net passes.
+compile: memory and FLOPs of a training step on one device and on eight, compiled without data and not run: O/NAME.json.
 """
 
 import json
@@ -21,14 +23,16 @@ from entrust_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 TEST_CASES = 256
+COMPILED_FOR = 8  # devices, virtual ones on CPU
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs one suite."""
     del argv
     config = FLAGS.config.copy_and_resolve_references()
-    cli.setup_devices(at_most=config.train.batch)
-    {"phantom": phantom_suite, "steps": steps_suite, "latency": latency_suite}[FLAGS.suite](config)
+    cli.setup_devices(at_most=config.train.batch, cpu_devices=COMPILED_FOR if FLAGS.suite == "compile" else None)
+    suites = {"phantom": phantom_suite, "steps": steps_suite, "latency": latency_suite, "compile": compile_suite}
+    suites[FLAGS.suite](config)
 
 
 def phantom_suite(config: Any) -> None:
@@ -62,9 +66,20 @@ def latency_suite(config: Any) -> None:
     print(json.dumps(latency.measure(config, FLAGS.size, FLAGS.repeats), indent=2))
 
 
+def compile_suite(config: Any) -> None:
+    """Prints a line a stage and number of devices, and writes them into --output."""
+    from entrust_jax.benchmark import compilation
+
+    if not FLAGS.output:
+        raise UserError("--output is missing: name a folder for the results, --output=runs/compile")
+    output = Path(FLAGS.output)
+    cli.check_place(output, "--output")
+    print(compilation.run(config, output))
+
+
 if __name__ == "__main__":
-    flags.DEFINE_enum("suite", "phantom", ["phantom", "steps", "latency"], "What to measure.")
-    flags.DEFINE_string("output", None, "Folder for the results of the phantom suite.")
+    flags.DEFINE_enum("suite", "phantom", ["phantom", "steps", "latency", "compile"], "What to measure.")
+    flags.DEFINE_string("output", None, "Folder for the results of the phantom and the compile suite.")
     flags.DEFINE_integer("seeds", 3, "Trainings of every variant.", lower_bound=1)
     flags.DEFINE_multi_string("ablation", [], "phantom: an ablation to train beside the reference; all by default.")
     flags.DEFINE_bool("quick", False, "The reference alone, one seed.")
