@@ -1,8 +1,8 @@
 """Brain tumours (BraTS): T1, T1ce, T2, FLAIR -> background, NCR, ED, ET; regions WT, TC, ET.
 
-    python -m entrust_jax.train --config=configs/brats.py --config.data.dir=FOLDER   (volumes; accelerators, not run here)
+    python -m entrust_jax.train --config=configs/brats.py --config.data.dir=FOLDER      (volumes, for accelerators)
     python -m entrust_jax.train --config=configs/brats.py:gli2024 --config.data.dir=FOLDER    (glioma after treatment)
-    python -m entrust_jax.train --config=configs/brats.py:slices --config.data.dir=FOLDER  (2-D, smaller machines; not run)
+    python -m entrust_jax.train --config=configs/brats.py:slices --config.data.dir=FOLDER    (2-D, smaller machines)
     python -m entrust_jax.train --config=configs/brats.py:demo                       (built-in phantom, two CPU cores)
 
 Volumes: patches of PATCH, four scales of 32 to 256 channels, activations in bfloat16, blocks computed again for the
@@ -45,9 +45,7 @@ def get_config(arg: str = "") -> Any:
         patch=(128, 128, 128),
     )
     config.data.regions = ConfigDict({"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)})
-    config.model.update(
-        widths=(32, 64, 128, 256), d_c=32, d_u=16, space_to_depth=1, compute="bfloat16", remat=True
-    )
+    config.model.update(widths=(32, 64, 128, 256), d_c=32, d_u=16, space_to_depth=1, compute="bfloat16", remat=True)
     config.unet.widths = (32, 64, 128, 256)
     config.diffusion.update(b=0.07, lambda_min=-15.0, steps=16)
     config.train.update(

@@ -3,6 +3,7 @@
     python -m entrust_jax.manifest --dir=FOLDER T1={case}/T1W.nii.gz T1POST={case}/T1WKS.nii.gz T2={case}/T2W.nii.gz \\
       FLAIR={case}/FLAIR.nii.gz label={case}/consensus_gt.nii.gz
     python -m entrust_jax.train --config=configs/ms_lesions.py --config.data.dir=FOLDER
+    python -m entrust_jax.train --config=configs/ms_lesions.py:volumes --config.data.dir=FOLDER     (in 3-D)
 
 30 patients, consensus of three raters (Lesjak et al. 2017, doi 10.1007/s12021-017-9348-7), CC BY:
 https://lit.fe.uni-lj.si/en/research/resources/3D-MR-MS; the patterns are for the names in a copy by patient
@@ -15,11 +16,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import common
+from entrust_jax.errors import UserError
 
 
-def get_config() -> Any:
+def get_config(arg: str = "") -> Any:
     config = common.get_config()
-    config.name = "ms_lesions"
+    config.name = "ms_lesions" + (f"_{arg}" if arg else "")
     config.data.update(
         layout="manifest",
         source="Lesjak et al. 2017 (doi 10.1007/s12021-017-9348-7)",
@@ -34,4 +36,12 @@ def get_config() -> Any:
     # Rates of nnU-Net (affine, gamma, noise) and of TorchIO's example (bias, ghosting); shifts ours.
     config.data.augmentation.update(affine=0.3, shift=0.5, gamma=0.3, bias=0.2, ghosting=0.1, noise=0.1)
     config.diffusion.b = 0.2  # 2.5 / sqrt(2 n): small lesions, hence evaluate with --lesions=metastases
+    if arg == "volumes":
+        config.data.patch = (32, 64, 64)
+        config.model.update(widths=(8, 16, 24, 32), d_c=8, d_u=4)
+        config.unet.widths = (8, 16, 24, 32)
+        config.diffusion.update(b=0.1, lambda_min=-15.0, hypotheses=8)
+        config.train.update(batch=2, val_slices=16)
+    elif arg:
+        raise UserError(f"ms_lesions has no variant {arg!r}; leave it out or use 'volumes'")
     return config.lock()

@@ -64,7 +64,7 @@ def _keep_memory() -> None:
         mallopt(option, value)
 
 
-def setup_devices(at_most: int | None = None) -> None:
+def setup_devices(at_most: int | None = None, cpu_devices: int | None = None) -> None:
     """Sets up JAX before its first use: a virtual CPU device per core, and the compilation cache.
 
     XLA on CPU leaves cores half idle in convolutions when one device owns them all; a mesh of one device per
@@ -76,6 +76,7 @@ def setup_devices(at_most: int | None = None) -> None:
 
     Args:
       at_most: upper limit for the number of CPU devices, such as the batch size.
+      cpu_devices: so many CPU devices, whatever cores there are: to compile for more devices than there are.
     """
     xla = os.environ.get("XLA_FLAGS", "")
     if not _has_accelerator() and "xla_backend_optimization_level" not in xla:
@@ -88,7 +89,7 @@ def setup_devices(at_most: int | None = None) -> None:
     chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     config: Any = jax.config  # its options are made at run time
     if not chosen and config.jax_num_cpu_devices < 0:
-        config.update("jax_num_cpu_devices", min(cores(), at_most or sys.maxsize))
+        config.update("jax_num_cpu_devices", cpu_devices or min(cores(), at_most or sys.maxsize))
     if config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("ENTRUST_CACHE") or Path.home() / ".cache" / "entrust_jax") / "xla"
         try:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ B, M, K, SIZE = 2, 3, 3, 16
 LOW, HIGH = -12.0, 8.0
 
 
-def network(modalities: int = M, strides: Strides = ((2, 2), (2, 2)), **options) -> EnTrust:
+def network(modalities: int = M, strides: Strides = ((2, 2), (2, 2)), **options: Any) -> EnTrust:
     widths = (4, 8, 8)[: len(strides)]
     return EnTrust(modalities, K, widths, d_c=4, d_u=3, strides=strides, head_dropout=0.2, b=0.2, **options)
 
@@ -247,65 +248,79 @@ def test_padding_a_case_changes_nothing(strides):
 
 # Volumes ----------------------------------------------------------------------------------------------------------
 
-VOLUME = batch_of(2, M, (4, 16, 16))
+VOLUME = jax.tree.map(jnp.asarray, batch_of(2, 2, (4, 8, 8)))
+STRIDES = ((1, 2, 2), (2, 2, 2))
 FIGURES = ("diffusion", "uni", "con", "rec", "align", "var", "xcov")
 
 
-@functools.cache
-def losses_of(**options):
-    """(loss of stage 1, loss of stage 2a, figures of both, the sum's gradient) of a network on volumes."""
-    net = network(strides=FLAT_VOXELS, **options)
-
-    @jax.jit
-    def both(params, batch):
-        def total(p):
-            first, one = entrust.enfuse_loss(net, p, batch, jax.random.key(1), jnp.float32(0.5))
-            second, two = entrust.segdiff_loss(net, p, batch, jax.random.key(2), low=LOW, high=HIGH, draws=1)
-            return first + second, (first, second, {name: two[name] for name in FIGURES}, one["prior"])
-
-        return jax.grad(total, has_aux=True)(params)
-
-    gradient, (first, second, figures, prior) = both(random_params(network(strides=FLAT_VOXELS), VOLUME), VOLUME)
-    return float(first), float(second), {"prior": prior, **figures}, gradient
-
-
 def test_volumes_are_learnt_by_every_part():
-    first, second, figures, gradient = losses_of()
-    assert np.isfinite([first, second]).all()
-    assert all(np.isfinite(x) and x > 0 for x in figures.values()), figures
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradient))
+    net = network(2, STRIDES)
+    params = random_params(net, VOLUME)
+
+    def second(p):
+        return entrust.segdiff_loss(net, p, VOLUME, jax.random.key(2), low=LOW, high=HIGH, draws=1)
+
+    (loss, figures), gradient = jax.jit(jax.value_and_grad(second, has_aux=True))(params)
+    assert np.isfinite(loss)
+    assert all(np.isfinite(figures[name]) and figures[name] > 0 for name in FIGURES), figures
+    found = jax.tree.leaves_with_path(gradient)
+    assert all(np.all(np.isfinite(x)) for _, x in found)
+    still = [jax.tree_util.keystr(path) for path, x in found if not np.any(np.asarray(x))]
+    assert still and all("'prior'" in name for name in still), still  # stage 2a leaves the prior, and it alone
     parts = gradient["params"]
-    still = [path for path, x in jax.tree.leaves_with_path(gradient) if not np.any(np.asarray(x))]
-    assert not still, still
-    block, last = parts["encoder"]["trunk"]["block_0"], parts["denoiser"]["logits"]
-    for kernel in (np.asarray(x["Conv_0"]["kernel"]) for x in (block["Conv_0"], last)):
+    for block in (parts["encoder"]["trunk"]["block_0"]["Conv_0"], parts["denoiser"]["logits"]):
+        kernel = np.asarray(block["Conv_0"]["kernel"])
         assert kernel.shape[:3] == (3, 3, 3)
         assert np.all(np.any(kernel != 0, axis=(1, 2, 3, 4)))  # the slices above and below are seen
 
+    def first(prior):  # what stage 1 moves besides
+        p = {"params": params["params"] | {"encoder": params["params"]["encoder"] | {"prior": prior}}}
+        return entrust.enfuse_loss(net, p, VOLUME, jax.random.key(1), jnp.float32(0.5))[0]
+
+    loss, gradient = jax.jit(jax.value_and_grad(first))(params["params"]["encoder"]["prior"])
+    assert np.isfinite(loss)
+    assert all(np.all(np.isfinite(x)) and np.any(x != 0) for x in jax.tree.leaves(gradient))
+
+
+# What saves memory: on slices, which compile faster ---------------------------------------------------------------
+
+SLICES = jax.tree.map(jnp.asarray, batch_of(2, 2, (8, 8)))
+
+
+@functools.cache
+def learnt(**options):
+    """(loss, gradient) of stage 2a."""
+    net = network(2, **options)
+
+    def loss(p):
+        return entrust.segdiff_loss(net, p, SLICES, jax.random.key(2), low=LOW, high=HIGH, draws=1)[0]
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(random_params(network(2), SLICES))
+    return float(value), gradient
+
 
 def test_blocks_computed_again_give_the_same_gradient():
-    plain, again = losses_of(), losses_of(remat=True)
-    np.testing.assert_allclose(plain[:2], again[:2], rtol=1e-5)
-    assert jax.tree.structure(plain[3]) == jax.tree.structure(again[3])
-    for one, two in zip(jax.tree.leaves(plain[3]), jax.tree.leaves(again[3]), strict=True):
-        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5 * np.max(np.abs(one)))
+    (plain, one), (again, two) = learnt(), learnt(remat=True)
+    np.testing.assert_allclose(plain, again, rtol=1e-5)
+    assert jax.tree.structure(one) == jax.tree.structure(two)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.max(np.abs(a)))
 
 
 def test_bfloat16_computes_nearly_the_same():
-    plain, half = losses_of(), losses_of(compute="bfloat16")
-    np.testing.assert_allclose(half[:2], plain[:2], rtol=0.03)
-    assert plain[0] != half[0]
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), plain[3]) == jax.tree.map(lambda x: (x.shape, x.dtype), half[3])
-    flat = [jnp.concatenate([x.ravel() for x in jax.tree.leaves(found[3])]) for found in (plain, half)]
-    cosine = jnp.vdot(*flat) / (jnp.linalg.norm(flat[0]) * jnp.linalg.norm(flat[1]))
-    assert cosine > 0.98
+    (plain, one), (half, two) = learnt(), learnt(compute="bfloat16")
+    np.testing.assert_allclose(half, plain, rtol=0.03)
+    assert plain != half
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), one) == jax.tree.map(lambda x: (x.shape, x.dtype), two)
+    flat = [jnp.concatenate([x.ravel() for x in jax.tree.leaves(found)]) for found in (one, two)]
+    assert jnp.vdot(*flat) / (jnp.linalg.norm(flat[0]) * jnp.linalg.norm(flat[1])) > 0.98
 
 
 def test_what_bfloat16_touches():
     """Features are bfloat16; logits, posteriors, weights and conflict float32, and so are the parameters."""
 
     def shapes(compute):
-        net = network(strides=FLAT_VOXELS, compute=compute)
+        net = network(2, STRIDES, compute=compute)
         params = shapes_of(net, VOLUME)
         images = (jnp.asarray(VOLUME[name]) for name in ("image", "coordinates", "body"))
         evidence = jax.eval_shape(functools.partial(encode, net=net), params, *images)

@@ -67,6 +67,7 @@ def test_volumes_and_what_saves_memory_on_them():
     batch = batch_of() | {name: some(B, *extra, 2, 8, 8) for name, extra in (("image", (M,)), ("body", ()))}
     batch["body"] = batch["body"] > -2
     batch["label"] = (batch["image"][:, 0] > 0).astype(np.int32)
+    batch = jax.tree.map(jnp.asarray, batch)
 
     def step(**options):
         net = unet.UNet(K, (4, 8), ((1, 2, 2), (1, 2, 2)), **options)

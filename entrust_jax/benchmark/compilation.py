@@ -1,0 +1,108 @@
+"""The compile suite: what one training step of each stage takes on one device and on eight, without data, from the
+
+compiled programs alone. Nothing is run.
+
+The program is the accelerator's also where the CPU compiles it (3-D convolutions whole, members by vmap). Memory is
+then XLA:CPU's buffer assignment, which is no promise for another backend: the CPU computes bfloat16 convolutions in
+float32 copies and fuses less, so an accelerator should need less.
+"""
+
+import resource
+import time
+import unittest.mock
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from entrust_jax import api, train
+from entrust_jax.runtime import logs, mesh
+
+DEVICES = (1, 8)
+GIB = 2**30
+
+
+def measure(config: Any, counts: Sequence[int] = DEVICES) -> dict[str, Any]:
+    """Memory and floating-point operations of a step, by stage and number of devices.
+
+    The config's batch is that of one device; n devices share one n times as large.
+    """
+    config = config.copy_and_resolve_references()
+    batch, network = config.train.batch, api.network_of(config)
+    rows = []
+    for count in counts:
+        config.train.batch = batch * count
+        for stage in train.plan_stages(config, network):
+            rows.append(step(config, network, stage, count))
+            print(in_words(rows[-1]), flush=True)
+    return {
+        "config": config.name,
+        "method": config.method,
+        "patch": list(config.data.patch),
+        "widths": list(config.model.widths if config.method == "entrust" else config.unet.widths),
+        "strides": [list(factor) for factor in network.strides],
+        "compute": config.model.compute,
+        "remat": bool(config.model.remat),
+        "batch_per_device": batch,
+        "compiled_for": jax.devices()[0].device_kind,
+        "backend": jax.default_backend(),
+        "program": "the accelerator's: 3-D convolutions whole",
+        "jax": jax.__version__,
+        "flops": "XLA's cost analysis; what rematerialisation computes again is in it as far as XLA keeps it",
+        "steps": rows,
+    }
+
+
+def step(config: Any, network: Any, stage: train.Stage, count: int) -> dict[str, Any]:
+    """One stage's step on the first `count` devices: bytes and operations per device, seconds to trace and compile."""
+    began = time.perf_counter()
+    with unittest.mock.patch.object(jax, "default_backend", lambda: "accelerator"):
+        lowered, _ = train.lower_stage(config, network, stage, count)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    done = time.perf_counter()
+    memory: Any = compiled.memory_analysis()
+    state, _ = train.step_shapes(config, stage, mesh.data_mesh(jax.devices()[:count]))
+    return {
+        "stage": stage.name,
+        "devices": count,
+        "batch": config.train.batch,
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "arguments_gib": memory.argument_size_in_bytes / GIB,
+        "temporaries_gib": memory.temp_size_in_bytes / GIB,
+        "peak_gib": memory.peak_memory_in_bytes / GIB,
+        "tflops_per_device": flops(compiled) / 1e12,
+        # The program before XLA optimises and divides it: every operation once, those of rematerialisation twice.
+        "tflops_traced_per_device": flops(lowered) / 1e12 / count,
+        "trace_seconds": round(traced - began, 1),
+        "compile_seconds": round(done - traced, 1),
+        "host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1),
+    }
+
+
+def flops(program: jax.stages.Lowered | jax.stages.Compiled) -> float:
+    """Floating-point operations of one call as XLA counts them."""
+    found: Any = program.cost_analysis()
+    return float((found[0] if isinstance(found, list) else found)["flops"])
+
+
+def in_words(row: dict[str, Any]) -> str:
+    """A row as a line."""
+    return (
+        f"{row['stage']} on {row['devices']} device(s), batch {row['batch']}: "
+        f"{row['arguments_gib']:.2f} GiB of arguments and {row['temporaries_gib']:.2f} of temporaries a device "
+        f"(peak {row['peak_gib']:.2f}), "
+        f"{row['tflops_per_device']:.3f} TFLOP a step and device, compiled in {row['compile_seconds']:.0f} s"
+    )
+
+
+def run(config: Any, output: Path) -> Path:
+    """Writes <output>/<config's name>.json and returns its path."""
+    config_options: Any = jax.config  # its options are made at run time
+    config_options.update("jax_enable_compilation_cache", False)  # the seconds should be those of compiling
+    found = measure(config)
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"{config.name}.json"
+    logs.write_json(path, found)
+    return path

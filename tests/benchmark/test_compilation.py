@@ -1,0 +1,48 @@
+"""The compile suite: what a step takes, from programs that are not run."""
+
+import json
+
+import pytest
+
+from configs import brats
+from entrust_jax.benchmark import compilation
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = brats.get_config("demo").copy_and_resolve_references()
+    config.method = "unet"  # compiles in a second
+    config.data.patch = (16, 16)
+    config.unet.widths = (4, 8)
+    config.train.batch = 2
+    return config
+
+
+@pytest.fixture(scope="module")
+def found(config):
+    return compilation.measure(config, (1, 4))
+
+
+def test_devices_share_the_work(found):
+    one, four = found["steps"]
+    assert (one["batch"], four["batch"]) == (2, 8)
+    assert one["parameters"] == four["parameters"] > 500
+    assert one["tflops_per_device"] > 0
+    assert four["tflops_per_device"] == pytest.approx(one["tflops_per_device"], rel=0.1)
+    assert four["arguments_gib"] == pytest.approx(one["arguments_gib"], rel=0.1)
+    assert one["peak_gib"] >= one["temporaries_gib"] > 0
+
+
+def test_it_says_what_was_compiled_and_by_what(found, config):
+    json.dumps(found)  # as it is written
+    assert (found["method"], found["patch"], found["batch_per_device"]) == ("unet", [16, 16], 2)
+    assert found["strides"] == [[2, 2], [2, 2]] and found["backend"] == "cpu"
+    assert "TFLOP a step and device" in compilation.in_words(found["steps"][0])
+
+
+def test_a_wider_network_takes_more(found, config):
+    wide = config.copy_and_resolve_references()
+    wide.unet.widths = (16, 32)
+    more = compilation.measure(wide, (1,))["steps"][0]
+    assert more["tflops_per_device"] > 4 * found["steps"][0]["tflops_per_device"]
+    assert more["temporaries_gib"] > found["steps"][0]["temporaries_gib"]
