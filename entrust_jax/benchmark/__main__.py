@@ -1,22 +1,16 @@
 """python -m entrust_jax.benchmark --suite=phantom --output=O [--seeds=3] [--quick | --ablation="A0 mean fusion" ...]
 python -m entrust_jax.benchmark --suite=steps
 python -m entrust_jax.benchmark --suite=latency --config=configs/glioma.py
-<<<<<<< HEAD
 python -m entrust_jax.benchmark --suite=volume --config=configs/brats.py [--shape=155,240,240 | --workdir=W]
-=======
 python -m entrust_jax.benchmark --suite=compile --config=configs/brats.py --output=O
->>>>>>> nets
 
 phantom: trains EnTrust and its ablations on the phantom and holds them against the exact posterior. Finished trainings
 in O/runs are not repeated. --quick: one seed, the reference alone; --ablation: the reference and those named.
 steps: what few steps and the scale b cost with an exact denoiser, as markdown.
 latency: seconds of one slice with all its hypotheses and probes, beside U-Net passes.
-<<<<<<< HEAD
 volume: minutes and peak memory of one 3-D scan of random weights; with --workdir, what the windows of a trained network
 leave to be seen in its test cases.
-=======
 compile: memory and FLOPs of a training step on one device and on eight, compiled without data and not run: O/NAME.json.
->>>>>>> nets
 """
 
 import json
@@ -39,16 +33,15 @@ def main(argv: Sequence[str]) -> None:
     """Runs one suite."""
     del argv
     config = FLAGS.config.copy_and_resolve_references()
-<<<<<<< HEAD
-    cli.setup_devices(at_most=config.train.batch)
-    {"phantom": phantom_suite, "steps": steps_suite, "latency": latency_suite, "volume": volume_suite}[FLAGS.suite](
-        config
-    )
-=======
     cli.setup_devices(at_most=config.train.batch, cpu_devices=COMPILED_FOR if FLAGS.suite == "compile" else None)
-    suites = {"phantom": phantom_suite, "steps": steps_suite, "latency": latency_suite, "compile": compile_suite}
+    suites = {
+        "phantom": phantom_suite,
+        "steps": steps_suite,
+        "latency": latency_suite,
+        "volume": volume_suite,
+        "compile": compile_suite,
+    }
     suites[FLAGS.suite](config)
->>>>>>> nets
 
 
 def phantom_suite(config: Any) -> None:
@@ -82,7 +75,6 @@ def latency_suite(config: Any) -> None:
     print(json.dumps(latency.measure(config, FLAGS.size, FLAGS.repeats), indent=2))
 
 
-<<<<<<< HEAD
 def volume_suite(config: Any) -> None:
     """Prints JSON."""
     from entrust_jax import api
@@ -100,12 +92,6 @@ def volume_suite(config: Any) -> None:
     print(json.dumps(found, indent=2))
 
 
-if __name__ == "__main__":
-    flags.DEFINE_enum("suite", "phantom", ["phantom", "steps", "latency", "volume"], "What to measure.")
-    flags.DEFINE_string("workdir", None, "volume: a finished working folder.")
-    flags.DEFINE_list("shape", ["155", "240", "240"], "volume: voxels of the scan along D, H, W.")
-    flags.DEFINE_string("output", None, "Folder for the results of the phantom suite.")
-=======
 def compile_suite(config: Any) -> None:
     """Prints a line a stage and number of devices, and writes them into --output."""
     from entrust_jax.benchmark import compilation
@@ -118,9 +104,11 @@ def compile_suite(config: Any) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("suite", "phantom", ["phantom", "steps", "latency", "compile"], "What to measure.")
+    suites = ["phantom", "steps", "latency", "volume", "compile"]
+    flags.DEFINE_enum("suite", "phantom", suites, "What to measure.")
+    flags.DEFINE_string("workdir", None, "volume: a finished working folder.")
+    flags.DEFINE_list("shape", ["155", "240", "240"], "volume: voxels of the scan along D, H, W.")
     flags.DEFINE_string("output", None, "Folder for the results of the phantom and the compile suite.")
->>>>>>> nets
     flags.DEFINE_integer("seeds", 3, "Trainings of every variant.", lower_bound=1)
     flags.DEFINE_multi_string("ablation", [], "phantom: an ablation to train beside the reference; all by default.")
     flags.DEFINE_bool("quick", False, "The reference alone, one seed.")
