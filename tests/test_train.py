@@ -402,6 +402,8 @@ def test_data_that_cannot_be_read_leaves_no_split_behind(scans, tmp_path):
         ("model.widths", (), "model.widths"),
         ("unet.members", 0, "unet.members"),
         ("data.patch", (0, 0), "data.patch"),
+        ("data.patch", (8, 8, 8, 8), "data.patch"),
+        ("data.patch", (100, 100), "multiples of 16 x 16"),
         ("data.classes", ("a", "b", "c"), "label_map"),
         ("data.label_map", ((0, 0), (1, 1), (2, 5)), "label_map"),
         ("data.label_map", (), "label_map"),
@@ -419,6 +421,26 @@ def test_a_value_that_would_fail_after_training_fails_before_it(key, value, said
     with pytest.raises(UserError) as error:
         train.check(tmp_path / "w", config)
     assert said in str(error.value) and chr(10) not in str(error.value)
+
+
+def test_strides_of_volumes_are_planned_once_and_kept(scans, tmp_path, capsys):
+    scans.data.patch = (4, 16, 16)
+    found = train.planned(scans, tmp_path / "w")
+    assert len(found.model.strides) == len(scans.model.widths) and not scans.model.strides
+    assert "planned strides along D x H x W" in capsys.readouterr().out
+    train.check(tmp_path / "w", found)
+    train.claim(tmp_path / "w", found)
+    again = train.planned(scans, tmp_path / "w")
+    assert again.model.strides == found.model.strides and not capsys.readouterr().out
+    train.check(tmp_path / "w", again)  # the same config goes on
+    given = scans.copy_and_resolve_references()
+    given.model.strides = ((1, 1, 1),) * len(scans.model.widths)
+    assert train.planned(given, tmp_path / "w") is given
+    with pytest.raises(UserError, match=r"model\.strides"):
+        train.check(tmp_path / "w", given)
+    scans.data.dir = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        train.planned(scans, tmp_path / "other")
 
 
 def test_a_split_that_cannot_be_drawn_is_said_before_compiling(scans):

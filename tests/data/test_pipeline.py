@@ -161,7 +161,7 @@ def positions(table):
             yield row, np.array(corner)
 
 
-@pytest.mark.parametrize("patch", [(20, 18), (16, 8), (6, 6)])
+@pytest.mark.parametrize("patch", [(20, 18), (16, 8), (6, 6), (2, 12, 12), (8, 20, 18)])
 @pytest.mark.parametrize("share", [0.3, 0.5])
 def test_weights_are_the_ratio_of_the_shares_exactly(volumes, patch, share):
     """By enumeration of what the samplers do: p / w is the sampling law q, it sums to 1 and E_q[w] = 1."""
@@ -173,7 +173,8 @@ def test_weights_are_the_ratio_of_the_shares_exactly(volumes, patch, share):
     groups = [[r for r in table.foreground if table.volume[r] == v] for v in (0, 2)]
     for rows in groups:
         for row in rows:
-            pixels = np.argwhere(volumes[table.volume[row]].label[table.slice[row]] > 0)
+            label = pipeline.rows_of(volumes[table.volume[row]].label, len(patch))[table.slice[row]]
+            pixels = np.argwhere(label > 0)
             for pixel in pixels:
                 held = [
                     key
@@ -191,6 +192,34 @@ def test_weights_are_the_ratio_of_the_shares_exactly(volumes, patch, share):
         assert 0 < w <= 1 / (1 - share) + 1e-12
         mean += w * law[row, *corner]
     np.testing.assert_allclose(mean, 1)
+
+
+def test_patches_of_volumes_are_cut_from_them_and_change_slice_by_slice(volumes):
+    """The same keys with an axis more; mirrored left to right alone; every kind of change leaves air and label true."""
+    by_number = {v.number: v for v in volumes}
+    plain = pipeline.batch_at(make(volumes, patch=(3, 8, 8), batch=8), 1)
+    assert plain["image"].shape == (8, 2, 3, 8, 8) and plain["coordinates"].shape == (8, 3, 8, 8, 3)
+    table = pipeline.make_table(volumes, (3, 8, 8))
+    assert len(table.volume) == 3 and len(table.foreground) == 2
+    for i in range(8):
+        v = by_number[plain["case"][i]]
+        windows = np.lib.stride_tricks.sliding_window_view(v.image[0], (3, 8, 8)).reshape(-1, 3 * 8 * 8)
+        assert (windows == plain["image"][i, 0].ravel()).all(axis=1).any()
+    assert ((plain["label"] > 0) & plain["body"]).any((1, 2, 3)).mean() >= 0.5
+
+    dataset = make(volumes, patch=(3, 8, 8), batch=8, augment=True, kinds=EVERY)
+    for step in range(4):
+        batch = pipeline.batch_at(dataset, step)
+        assert np.isfinite(batch["image"]).all()
+        assert not batch["image"][:, :, ~batch["body"].any(0)].any()
+        assert batch["label"].shape == (8, 3, 8, 8)
+        # A slice keeps its place along D, whatever happens in its plane.
+        body = batch["body"]
+        for d in range(3):
+            inside = batch["coordinates"][:, d, ..., 0]
+            assert all(np.ptp(one[here]) == 0 for one, here in zip(inside, body[:, d], strict=True) if here.any())
+    large = pipeline.batch_at(make(volumes, patch=(12, 24, 18), batch=2, augment=True, kinds=EVERY), 0)
+    assert (large["label"][:, -1] == -1).all() and not large["body"][:, -1].any()
 
 
 def test_weighted_mean_over_batches_is_the_uniform_mean(volumes):

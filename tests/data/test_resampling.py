@@ -57,6 +57,35 @@ def test_in_two_dimensions_and_one_the_rule_is_the_same():
     assert resampling.plan(np.array([[2.0], [4.0]]), np.array([[10], [100]])) == (3.0,)
 
 
+@pytest.mark.parametrize(
+    ("spacing", "patch", "fold", "expected"),
+    [
+        ((1.0, 1.0, 1.0), (32, 64, 64), 1, ((1, 1, 1), (2, 2, 2), (2, 2, 2))),
+        ((1.0, 1.0, 1.0), (32, 64, 64), 2, ((2, 2, 2), (2, 2, 2), (2, 2, 2))),
+        # Slices of 5 mm wait until the plane is as coarse.
+        ((5.0, 1.0, 1.0), (16, 64, 64), 1, ((1, 1, 1), (1, 2, 2), (1, 2, 2))),
+        ((3.27, 0.98, 0.98), (16, 96, 96), 2, ((1, 2, 2), (2, 2, 2), (2, 2, 2))),
+        # A patch is never shorter than four voxels, nor cut.
+        ((1.0, 1.0, 1.0), (8, 64, 64), 2, ((2, 2, 2), (1, 2, 2), (1, 2, 2))),
+        ((1.0, 1.0, 1.0), (10, 64, 64), 2, ((2, 2, 2), (1, 2, 2), (1, 2, 2))),
+    ],
+)
+def test_strides_make_cubes_of_voxels(spacing, patch, fold, expected):
+    assert resampling.plan_strides(spacing, patch, 3, fold) == expected
+
+
+@given(
+    st.tuples(*[st.floats(0.3, 8)] * 3), st.tuples(*[st.integers(4, 128)] * 3), st.integers(1, 5),
+    st.sampled_from((1, 2, 4)),
+)  # fmt: skip
+@settings(deadline=None)
+def test_any_patch_can_be_pooled_as_planned(spacing, patch, scales, fold):
+    strides = resampling.plan_strides(spacing, patch, scales, fold)
+    whole = np.prod(strides, axis=0)
+    assert len(strides) == scales
+    assert np.all(np.array(patch) % whole == 0) and np.all(np.array(patch) // whole >= 4)
+
+
 @pytest.mark.parametrize("value", [(), ("median",), (0.0, 1.0, 1.0), (0, 2, 1.5), ["median"], [3.0, 1.0, 1.0], []])
 def test_a_spacing_survives_its_json(value):
     found = resampling.asked_spacing(value)
@@ -219,6 +248,10 @@ def test_a_plan_is_made_of_the_training_cases_once_and_kept(tmp_path):
     (first, second), _ = dataset.read(options, ("a", "e"), 0, (0.0, 2.0, 2.0))
     assert first.body.shape == (4, 6, 6) and first.spacing == (5.0, 2.0, 2.0)
     assert second.body.shape == (4, 48, 48) and second.spacing == (5.0, 2.0, 2.0)
+    volumes = data(tmp_path, ("median",))
+    volumes.patch = (4, 8, 8)  # networks that see volumes have no reason to leave the slices as they are
+    assert dataset.plan_spacing(volumes, ("a", "b", "c"))["spacing"] == [5.0, 2.0, 2.0]
+    assert dataset.plan_strides(volumes, 2, 2) == ((1, 2, 2), (1, 1, 1))
     path.write_text("{")
     with pytest.raises(UserError, match=r"spacing\.json: is damaged"):
         dataset.working_spacing(options, path)
