@@ -289,13 +289,14 @@ SLICES = jax.tree.map(jnp.asarray, batch_of(2, 2, (8, 8)))
 
 @functools.cache
 def learnt(**options):
-    """(loss, gradient) of stage 2a."""
-    net = network(2, **options)
+    """(loss of stage 2a, its gradient in the denoiser: that in the rest costs much to compile)."""
+    net, params = network(2, **options), random_params(network(2), SLICES)["params"]
 
-    def loss(p):
+    def loss(denoiser):
+        p = {"params": params | {"denoiser": denoiser}}
         return entrust.segdiff_loss(net, p, SLICES, jax.random.key(2), low=LOW, high=HIGH, draws=1)[0]
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(random_params(network(2), SLICES))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params["denoiser"])
     return float(value), gradient
 
 

@@ -10,7 +10,7 @@ float32 copies and fuses less, so an accelerator should need less.
 import resource
 import time
 import unittest.mock
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +23,36 @@ DEVICES = (1, 8)
 GIB = 2**30
 
 
-def measure(config: Any, counts: Sequence[int] = DEVICES) -> dict[str, Any]:
-    """Memory and floating-point operations of a step, by stage and number of devices.
+def described(config: Any) -> dict[str, Any]:
+    """What is compiled, and by what."""
+    network = api.network_of(config)
+    return {
+        "config": config.name,
+        "method": config.method,
+        "patch": list(config.data.patch),
+        "widths": list(network.widths),
+        "strides": [list(factor) for factor in network.strides],
+        "compute": network.compute,
+        "remat": network.remat,
+        "batch_per_device": config.train.batch,
+        "compiled_on": jax.devices()[0].device_kind,
+        "program": "the accelerator's: 3-D convolutions whole, members by vmap",
+        "jax": jax.__version__,
+        "flops": "by XLA's cost analysis of the compiled program, and of the traced one before XLA optimises it",
+    }
+
+
+def measure(config: Any, counts: Sequence[int] = DEVICES) -> Iterator[dict[str, Any]]:
+    """Memory and floating-point operations of a step, by number of devices and stage.
 
     The config's batch is that of one device; n devices share one n times as large.
     """
     config = config.copy_and_resolve_references()
     batch, network = config.train.batch, api.network_of(config)
-    rows = []
     for count in counts:
         config.train.batch = batch * count
         for stage in train.plan_stages(config, network):
-            rows.append(step(config, network, stage, count))
-            print(in_words(rows[-1]), flush=True)
-    return {
-        "config": config.name,
-        "method": config.method,
-        "patch": list(config.data.patch),
-        "widths": list(config.model.widths if config.method == "entrust" else config.unet.widths),
-        "strides": [list(factor) for factor in network.strides],
-        "compute": config.model.compute,
-        "remat": bool(config.model.remat),
-        "batch_per_device": batch,
-        "compiled_for": jax.devices()[0].device_kind,
-        "backend": jax.default_backend(),
-        "program": "the accelerator's: 3-D convolutions whole",
-        "jax": jax.__version__,
-        "flops": "XLA's cost analysis; what rematerialisation computes again is in it as far as XLA keeps it",
-        "steps": rows,
-    }
+            yield step(config, network, stage, count)
 
 
 def step(config: Any, network: Any, stage: train.Stage, count: int) -> dict[str, Any]:
@@ -71,7 +72,6 @@ def step(config: Any, network: Any, stage: train.Stage, count: int) -> dict[str,
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "arguments_gib": memory.argument_size_in_bytes / GIB,
         "temporaries_gib": memory.temp_size_in_bytes / GIB,
-        "peak_gib": memory.peak_memory_in_bytes / GIB,
         "tflops_per_device": flops(compiled) / 1e12,
         # The program before XLA optimises and divides it: every operation once, those of rematerialisation twice.
         "tflops_traced_per_device": flops(lowered) / 1e12 / count,
@@ -91,18 +91,17 @@ def in_words(row: dict[str, Any]) -> str:
     """A row as a line."""
     return (
         f"{row['stage']} on {row['devices']} device(s), batch {row['batch']}: "
-        f"{row['arguments_gib']:.2f} GiB of arguments and {row['temporaries_gib']:.2f} of temporaries a device "
-        f"(peak {row['peak_gib']:.2f}), "
+        f"{row['arguments_gib']:.2f} GiB of arguments and {row['temporaries_gib']:.2f} of temporaries a device, "
         f"{row['tflops_per_device']:.3f} TFLOP a step and device, compiled in {row['compile_seconds']:.0f} s"
     )
 
 
 def run(config: Any, output: Path) -> Path:
     """Writes <output>/<config's name>.json and returns its path."""
-    config_options: Any = jax.config  # its options are made at run time
-    config_options.update("jax_enable_compilation_cache", False)  # the seconds should be those of compiling
-    found = measure(config)
     output.mkdir(parents=True, exist_ok=True)
-    path = output / f"{config.name}.json"
-    logs.write_json(path, found)
+    path, rows = output / f"{config.name}.json", []
+    for row in measure(config):
+        print(in_words(row), flush=True)
+        rows.append(row)
+        logs.write_json(path, described(config) | {"steps": rows})  # the next one may be too large for this machine
     return path
