@@ -294,6 +294,21 @@ def predict_volume(trained: Trained, volume: Volume) -> dict[str, Any]:
     return found
 
 
+def memory_in_words(trained: Trained, volume: Volume) -> str | None:
+    """How much memory a case will take, for people; None for slices and U-Nets, which take little."""
+    network = trained.network
+    if not volumetric(trained.config) or isinstance(network, unet.UNet):
+        return None
+    config = trained.config
+    return windows.in_words(
+        windows.memory(
+            trained.params, resampling.at_spacing(volume, trained.spacing),
+            model=network, sampler=inference.sampler_of(config), mesh=trained.mesh,
+            hypotheses=config.diffusion.hypotheses, **extent(config),
+        )
+    )  # fmt: skip
+
+
 def observe_volume(trained: Trained, volume: Volume) -> conformal.Case:
     """How far the prediction of a labelled case is off, made in the way and on the grid of `predict_volume`."""
     found = _predicted(trained, volume, probed=False)

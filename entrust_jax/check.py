@@ -83,8 +83,11 @@ def inspect(config: Any, output: Path) -> tuple[dict[str, Any], list[str]]:
     errors = [mistake.text for mistake in mistakes] + [finding.error for finding in findings if finding.error]
     warnings += survey.exchanged(findings, modalities) + survey.repeated(findings)
     if data.layout == "phantom":
-        found["epoch"] = data.phantom.cases[0] * data.phantom.depth
         found["working_spacing"] = dataset.plan_spacing(data, [finding.name for finding in findings])["spacing"]
+        one = [finding.name for finding in findings[:1]]
+        found["epoch"] = data.phantom.cases[0] * survey.epoch(
+            findings, one, found["working_spacing"], tuple(data.patch)
+        )
     else:
         scans = [case for case in cases if not isinstance(case, str)]
         warnings += survey.unused(data, scans, mistakes)

@@ -100,6 +100,8 @@ def write(config: Any, trained: Any, volume: Any, lost: Sequence[str], output: P
     from entrust_jax.runtime import logs
 
     data = config.data
+    if (expected := api.memory_in_words(trained, volume)) is not None:
+        print(f"  {expected}", flush=True)
     prediction = api.predict_volume(trained, volume)
     report.write_prediction(
         output,

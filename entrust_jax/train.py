@@ -109,7 +109,8 @@ def planned(config: Any, workdir: Path) -> Any:
     else:
         scales = len(config.model.widths if config.method == "entrust" else config.unet.widths)
         strides = dataset.plan_strides(config.data, scales, config.model.space_to_depth)
-        print("planned strides along D x H x W, from the spacing: " + ", ".join("x".join(map(str, s)) for s in strides))
+        words = ", ".join("x".join(map(str, factors)) for factors in strides)
+        print(f"planned strides along D x H x W, from the spacing, a scale after the other: {words}")
     own.model.strides = tuple(tuple(factors) for factors in strides)
     return own.lock()
 

@@ -574,3 +574,58 @@ def test_a_mistake_is_one_line_and_exit_code_2(answers, name):
 
 def test_mistakes_leave_nothing_behind(answers):
     assert answers[1]
+
+
+# Volumes ------------------------------------------------------------------------------------------------------
+
+# configs/phantom.py in 3-D: two windows along W, the strides planned from the spacing.
+VOLUMES = (
+    "--config=configs/phantom.py",
+    "--config.data.phantom.cases=(4,2,3,2)",
+    "--config.data.phantom.depth=4",
+    "--config.data.patch=(4,32,16)",
+    "--config.model.widths=(4,8)",
+    "--config.model.d_c=4",
+    "--config.model.d_u=4",
+    "--config.unet.widths=(4,8)",
+    "--config.diffusion.steps=2",
+    "--config.diffusion.hypotheses=3",
+    "--config.train.batch=2",
+    "--config.train.enfuse_steps=2",
+    "--config.train.segdiff_steps=2",
+    "--config.train.unet_steps=2",
+    "--config.train.eval_every=2",
+    "--config.train.val_slices=2",
+    "--config.train.calibration_slices=2",
+    "--config.train.head_steps=2",
+)
+
+
+def test_volumes_from_training_to_their_maps(command, tmp_path):
+    workdir, output = tmp_path / "volumes", tmp_path / "out"
+    done = command("train", *VOLUMES, f"--workdir={workdir}")
+    assert "planned strides along D x H x W" in done.stdout and "patches (4, 32, 16)" in done.stdout
+    assert json.loads((workdir / "config.json").read_text())["model"]["strides"] == [[1, 2, 2], [1, 2, 2]]
+    again = command("train", *VOLUMES, f"--workdir={workdir}")
+    assert "planned strides" not in again.stdout  # the folder has its own
+
+    (folder,) = (workdir / "example").iterdir()
+    done = command("predict", f"--workdir={workdir}", f"--output={output}", f"--case={folder}", "--hypotheses")
+    assert "windows of 4 x 32 x 16 voxels, 3 hypotheses: about" in done.stdout and "GB of memory" in done.stdout
+    maps = maps_of(output)
+    assert {"label", "probability", "error_probability", "conflict", "cause", "hypotheses"} <= set(maps)
+    (scan, *_) = sorted(folder.glob("*_a.nii.gz"))
+    check_geometry(maps, scan)
+
+    command("evaluate", f"--workdir={workdir}")
+    found = json.loads((workdir / "evaluation" / "summary.json").read_text())
+    assert found["interslice_dice"]["n"] <= 2 and found["seconds_per_case"]["n"] == 2
+
+
+def test_a_baseline_on_volumes(command, tmp_path):
+    workdir = tmp_path / "unet"
+    command("train", *VOLUMES, "--config.method=unet", f"--workdir={workdir}")
+    (folder,) = (workdir / "example").iterdir()
+    done = command("predict", f"--workdir={workdir}", f"--output={tmp_path / 'out'}", f"--case={folder}")
+    assert "windows of" not in done.stdout
+    assert {"label", "probability", "error_probability"} <= set(maps_of(tmp_path / "out"))

@@ -427,7 +427,7 @@ def test_strides_of_volumes_are_planned_once_and_kept(scans, tmp_path, capsys):
     scans.data.patch = (4, 16, 16)
     found = train.planned(scans, tmp_path / "w")
     assert len(found.model.strides) == len(scans.model.widths) and not scans.model.strides
-    assert "planned strides along D x H x W" in capsys.readouterr().out
+    assert "planned strides along D x H x W, from the spacing" in capsys.readouterr().out
     train.check(tmp_path / "w", found)
     train.claim(tmp_path / "w", found)
     again = train.planned(scans, tmp_path / "w")

@@ -187,8 +187,8 @@ def lattices(data: Any, names: Iterable[str]) -> list[resampling.Lattice]:
     Raises UserError when none can be read.
     """
     if data.layout == "phantom":
-        spec = phantom_spec(data)
-        found = [resampling.Lattice((spec.depth, *spec.size), (1.0, 1.0, 1.0)) for _ in names]
+        own = data.phantom
+        found = [resampling.Lattice((own.depth, *own.size), (1.0, 1.0, 1.0)) for _ in names]
     else:
         wanted, order = set(names), sorted(data.modalities, key=lambda name: name != data.reference)
         cases = [case for case in find(data) if case.name in wanted and case.label is not None]

@@ -86,7 +86,7 @@ def make_table(volumes: Sequence[Volume], patch: Sequence[int]) -> Table:
         if len(foreground) > starts[-1]:
             starts.append(len(foreground))
     if not rows:
-        raise UserError("no training slice with a body; give config.data.dir a set with at least one readable case")
+        raise UserError("no training scan with a body; give config.data.dir a set with at least one readable case")
     index = np.array(rows)
     box = np.array(boxes)
     return Table(

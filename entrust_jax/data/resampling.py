@@ -87,7 +87,9 @@ def plan_strides(
     step, size, strides = np.array(spacing, float), np.array(patch), []
     for scale in range(scales):
         factor = fold if scale == 0 else 2
-        own = np.where((step < 2 * step.min()) & (size % factor == 0) & (size // factor >= 4), factor, 1)
+        can = (size % factor == 0) & (size // factor >= 4)
+        finest = step[can].min(initial=np.inf)  # an axis that cannot be coarser holds no other up
+        own = np.where(can & (step < 2 * finest), factor, 1)
         strides.append(tuple(own.tolist()))
         step, size = step * own, size // own
     return tuple(strides)

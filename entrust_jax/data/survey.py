@@ -262,7 +262,7 @@ def epoch(
 ) -> int:
     """Slices with a body of the labelled cases `names` on the working grid, by their share of the scan; for patches of
 
-    three sizes as many of them as cover these slices.
+    three sizes as many of them as cover these slices whole.
     """
     total = 0.0
     for one in findings:

@@ -78,6 +78,9 @@ CONVENTIONS = {
     "empty IoU 1, unbiased over pairs (comparable between numbers of "
     "hypotheses)",
     "hypothesis_dice": "mean Dice over pairs of hypotheses and foreground classes, both empty left out",
+    "interslice_dice": "Dice of the foreground of neighbouring slices within a hypothesis, of pairs with some; "
+    "interslice_dice_truth: the same of the truth. hypotheses_cover_volume: share of patients whose true volume lies "
+    "within the 5th to 95th percentile of the hypotheses' (90 % if they were calibrated)",
     "raters": "of several raters every figure is the mean over them, each being the truth once, in calibration too; a "
     "voxel that some rater does not know is background on both sides in ged2 to rater_diversity, which only cases of "
     "several raters have; a method that draws no hypotheses has one there, the delivered label",
@@ -201,6 +204,9 @@ def score_case(
     if hypotheses is not None:
         values["hypothesis_diversity"] = distribution.diversity(hypotheses, targets.foreground(), "u")
         values["hypothesis_dice"] = distribution.mean_pairwise_dice(hypotheses, targets.foreground())
+        values["interslice_dice"] = distribution.interslice_dice(hypotheses)
+        values["interslice_dice_truth"] = distribution.interslice_dice(np.maximum(labels, 0))
+        values |= _within_hypotheses(prediction.get("regions", {}), values)
         if prediction.get("gap") is not None and prediction.get("mean") is not None:
             sums["tower"] = tower_sums(prediction["gap"], prediction["mean"], body, hypotheses.shape[0])
     aligned, source = None, None
@@ -290,6 +296,17 @@ def _coverage(promised: Mapping[str, Any], values: Mapping[str, float]) -> dict[
     for region, (low, high) in promised["volume"].items():
         true = values[f"true_volume_ml/{region}"]
         found[f"volume_covered/{region}"] = float(low * (1 - 1e-9) - 1e-9 <= true <= high * (1 + 1e-9) + 1e-9)
+    return found
+
+
+def _within_hypotheses(regions: Mapping[str, Any], values: Mapping[str, float]) -> dict[str, float]:
+    """Whether each region's true volume lies within the 5th to the 95th percentile of the hypotheses': 1 or 0."""
+    found = {}
+    for region, one in regions.items():
+        if one["interval"] is not None:
+            low, high = one["interval"]
+            true = values[f"true_volume_ml/{region}"]
+            found[f"hypotheses_cover_volume/{region}"] = float(low - 1e-9 <= true <= high + 1e-9)
     return found
 
 
@@ -546,6 +563,8 @@ def summarise(cases: Sequence[Scores], targets: Targets, *, resamples: int = sta
         "predicted_dice_mae",
         "hypothesis_diversity",
         "hypothesis_dice",
+        "interslice_dice",
+        "interslice_dice_truth",
         "diversity",
         "rater_diversity",
         "mean_conflict_body",
@@ -558,6 +577,9 @@ def summarise(cases: Sequence[Scores], targets: Targets, *, resamples: int = sta
         if metric in GUARANTEED:
             one = summary.setdefault("conformal", {}).setdefault(metric, {})
             one |= {region: done[key]} if region else done[key]
+    covered = {key.partition("/")[2]: one for key, one in done.items() if key.startswith("hypotheses_cover_volume/")}
+    if covered:
+        summary["hypotheses_cover_volume"] = covered
     summary["referral"] = referral(patients)
     if "ged2" in done:
         summary |= {key: {**done[key], **set_sizes(cases)} for key in RATER_METRICS}
@@ -616,6 +638,8 @@ COMPARED = {  # metric -> +1 where more is better, -1 where less is, 0 where nei
     "predicted_dice_mae": -1,
     "hypothesis_diversity": 0,
     "hypothesis_dice": 0,
+    "interslice_dice": 0,
+    "interslice_dice_truth": 0,
     "ged2": -1,
     "hm_iou": 1,
     "d_max": 1,

@@ -214,7 +214,7 @@ def data(folder, spacing) -> ConfigDict:
         {
             "layout": "brats", "dir": str(folder), "source": "", "modalities": ("T1", "FLAIR"), "reference": "FLAIR",
             "patient_pattern": "", "classes": ("background", "lesion"), "label_map": ((0, 0), (1, 1)), "intensity": {},
-            "drop_copies": False, "names": {}, "spacing": spacing,
+            "drop_copies": False, "names": {}, "spacing": spacing, "patch": (8, 8),
         }
     )  # fmt: skip
 

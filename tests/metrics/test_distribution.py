@@ -142,3 +142,13 @@ def test_mean_pairwise_dice():
     assert distribution.mean_pairwise_dice(hypotheses, (1,)) == pytest.approx(0.5 / 3)
     assert distribution.mean_pairwise_dice(hypotheses, (1, 2)) == pytest.approx(0.5 / 3)  # class 2: nowhere
     assert np.isnan(distribution.mean_pairwise_dice(np.zeros((3, 4), int), (1,)))
+
+
+def test_interslice_dice_by_hand():
+    label = np.zeros((2, 4, 3, 3), np.uint8)
+    label[0, 1, 0, :2] = 1
+    label[0, 2, 0, 1:] = 2  # any foreground
+    # Pairs of slices of the first map: nothing and two, two and two (one shared), two and nothing; the second is empty.
+    assert distribution.interslice_dice(label) == pytest.approx((0 + 0.5 + 0) / 3)
+    assert np.isnan(distribution.interslice_dice(label[1:]))
+    assert distribution.interslice_dice(np.ones((1, 5, 2, 2), np.uint8)) == 1

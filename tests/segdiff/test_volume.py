@@ -106,9 +106,9 @@ def draw(numbers, denoise, lattice, at):
 
 
 def test_an_object_in_two_windows_is_seldom_resolved_twice():
-    """Each window sees two thirds of an object that is there as a whole or not at all. No window alone knows the law, so
+    """Each window sees two thirds of an object that is there as a whole or not at all. No window alone knows the law,
 
-    some walls stay (measured: 12 % of the hypotheses); windows that are sampled each by itself differ in 42 %.
+    so some walls stay (measured: 12 % of the hypotheses); windows sampled each by itself differ in 42 %.
     """
     lattice, at = lattice_of((4, 8, 12))
     assert len(at) == 2
