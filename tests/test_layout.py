@@ -16,6 +16,7 @@ MATHS = (
     "segdiff.sampler",
     "trustmap.statistics",
     "trustmap.conformal",
+    "trustmap.ood",
     "metrics",
     "scores",
 )
