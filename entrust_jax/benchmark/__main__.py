@@ -1,11 +1,14 @@
 """python -m entrust_jax.benchmark --suite=phantom --output=O [--seeds=3] [--quick | --ablation="A0 mean fusion" ...]
 python -m entrust_jax.benchmark --suite=steps
 python -m entrust_jax.benchmark --suite=latency --config=configs/glioma.py
+python -m entrust_jax.benchmark --suite=trust --workdir=W --output=O [--cases=512] [--spoilt=64]
 
 phantom: trains EnTrust and its ablations on the phantom and holds them against the exact posterior. Finished trainings
 in O/runs are not repeated. --quick: one seed, the reference alone; --ablation: the reference and those named.
 steps: what few steps and the scale b cost with an exact denoiser, as markdown.
 latency: seconds of one slice with all its hypotheses and probes, beside U-Net passes.
+trust: whether a trained EnTrust tells spoilt scans, keeps its guarantees over random divisions of its calibration and
+test patients, and predicts its Dice. Writes trust.json and trust.md.
 """
 
 import json
@@ -28,7 +31,8 @@ def main(argv: Sequence[str]) -> None:
     del argv
     config = FLAGS.config.copy_and_resolve_references()
     cli.setup_devices(at_most=config.train.batch)
-    {"phantom": phantom_suite, "steps": steps_suite, "latency": latency_suite}[FLAGS.suite](config)
+    suites = {"phantom": phantom_suite, "steps": steps_suite, "latency": latency_suite, "trust": trust_suite}
+    suites[FLAGS.suite](config)
 
 
 def phantom_suite(config: Any) -> None:
@@ -62,9 +66,27 @@ def latency_suite(config: Any) -> None:
     print(json.dumps(latency.measure(config, FLAGS.size, FLAGS.repeats), indent=2))
 
 
+def trust_suite(config: Any) -> None:
+    """Writes trust.json and trust.md into --output, and prints the latter."""
+    del config  # the working folder has its own
+    from entrust_jax.benchmark import trust
+
+    for name in ("workdir", "output"):
+        if not FLAGS[name].value:
+            raise UserError(f"--{name} is missing: --suite=trust --workdir=FOLDER_OF_A_TRAINING --output=FOLDER")
+    output = Path(FLAGS.output)
+    cli.check_place(output, "--output")
+    command = f"python -m entrust_jax.benchmark --suite=trust --workdir=W --output=O --cases={FLAGS.cases}"
+    trust.run(Path(FLAGS.workdir), output, FLAGS.cases, FLAGS.spoilt, f"{command} --spoilt={FLAGS.spoilt}")
+    print((output / "trust.md").read_text())
+
+
 if __name__ == "__main__":
-    flags.DEFINE_enum("suite", "phantom", ["phantom", "steps", "latency"], "What to measure.")
-    flags.DEFINE_string("output", None, "Folder for the results of the phantom suite.")
+    flags.DEFINE_enum("suite", "phantom", ["phantom", "steps", "latency", "trust"], "What to measure.")
+    flags.DEFINE_string("output", None, "phantom, trust: folder for the results.")
+    flags.DEFINE_string("workdir", None, "trust: working folder of a trained EnTrust.")
+    flags.DEFINE_integer("cases", 512, "trust: patients whose guarantees are tried, of a phantom.", lower_bound=1)
+    flags.DEFINE_integer("spoilt", 64, "trust: test cases whose scans are spoilt, at most.", lower_bound=1)
     flags.DEFINE_integer("seeds", 3, "Trainings of every variant.", lower_bound=1)
     flags.DEFINE_multi_string("ablation", [], "phantom: an ablation to train beside the reference; all by default.")
     flags.DEFINE_bool("quick", False, "The reference alone, one seed.")

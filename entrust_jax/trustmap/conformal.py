@@ -290,18 +290,18 @@ def dice_map(people: Sequence[Sequence[Case]]) -> Found:
         return found | {"reason": f"it needs {LEAST_FOR_MAP} calibration patients, there are {len(pairs)}"}
     before, after = [], []
     for i, own in enumerate(pairs):
-        curve = _isotonic(np.concatenate(pairs[:i] + pairs[i + 1 :]))
+        curve = isotonic(np.concatenate(pairs[:i] + pairs[i + 1 :]))
         before.append(np.mean(np.abs(own[:, 0] - own[:, 1])))
         after.append(np.mean(np.abs(np.interp(own[:, 0], *curve) - own[:, 1])))
     gain = np.array(before) - np.array(after)
     found |= {"error": float(np.mean(before)), "error_with_map": float(np.mean(after))}
     if gain.mean() <= gain.std(ddof=1) / math.sqrt(len(gain)):
         return found | {"reason": "left-out patients are predicted no better with one"}
-    knots, values = _isotonic(np.concatenate(pairs))
+    knots, values = isotonic(np.concatenate(pairs))
     return found | {"knots": knots.tolist(), "values": values.tolist(), "reason": ""}
 
 
-def _isotonic(pairs: Float[np.ndarray, "n 2"]) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+def isotonic(pairs: Float[np.ndarray, "n 2"]) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
     """Knots and values of the rising map nearest to (x, y) pairs; pairs of one x count as their mean."""
     knots, place, count = np.unique(pairs[:, 0], return_inverse=True, return_counts=True)
     y = np.bincount(place, pairs[:, 1]) / count

@@ -274,9 +274,7 @@ def fit(
     return laws, {"patients": len(people), "training": count, "farthest": max(people.values()), "note": ""}
 
 
-def compare(
-    laws: Mapping[str, Usual], found: Found, features: Features, modalities: Sequence[str]
-) -> Found:
+def compare(laws: Mapping[str, Usual], found: Found, features: Features, modalities: Sequence[str]) -> Found:
     """A case against the reference patients.
 
     Returns
