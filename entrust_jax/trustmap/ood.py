@@ -25,6 +25,7 @@ LEAST_PATIENTS = 8  # of a modality in training, below which nothing is usual
 KNOWN = 0.5  # share of the training cases that must have a feature
 FLOOR = 0.03  # of a deviation, in quadrature: features are of order 1, and one that is constant may yet move a little
 LEAST_SHRINKAGE = 0.01
+NEAR = float(np.log(1.5))  # log distance within which a scan lies among others; theirs are about 0
 LEAST_SPREAD = 0.05  # of log distances, below which few patients agree by chance
 LAGS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32)  # voxels
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -56,7 +57,8 @@ def texture(image: Float[np.ndarray, "d h w"], body: Bool[np.ndarray, "d h w"]) 
 
     Logarithms of the mean squared difference between voxels of the body at LAGS along rows and columns (the variogram:
     a ghost repeats the body at one of them), and of the size of second differences along each and along both, of which
-    noise has more than tissue. NaN where the body is too small. Ours.
+    noise has more than tissue (in them a neighbour outside the body counts as it is stored, as 0). NaN where the body
+    is too small. Ours.
     """
     row = []
     for axis in (1, 2):
@@ -225,11 +227,15 @@ def scores(usual: Usual, x: Float[np.ndarray, "m g"], relative: bool) -> Float[n
     return (found - usual.centre) / usual.spread
 
 
-def nearest(usual: Usual, x: Float[np.ndarray, "m g"], m: int) -> int:
-    """The other modality whose law, of a relative group, modality m of a case is nearest to."""
+def taken_for(usual: Usual, x: Float[np.ndarray, "m g"], m: int) -> int | None:
+    """The other modality of a relative group among whose scans modality m of a case lies, nearer than among its own;
+
+    None where it is far from all of them.
+    """
     row = x[m][usual.known[m]]
-    away = {n: log_distance(law, row) for n, law in enumerate(usual.laws) if n != m and law is not None}
-    return min(away, key=lambda n: away[n])
+    away = {n: log_distance(law, row) for n, law in enumerate(usual.laws) if law is not None}
+    other = min(away, key=lambda n: away[n])
+    return other if other != m and away[other] < NEAR else None
 
 
 def compared(laws: Mapping[str, Usual], features: Features) -> Float[np.ndarray, "g m"]:
@@ -283,7 +289,7 @@ def compare(laws: Mapping[str, Usual], found: Found, features: Features, modalit
         farthest    of the reference patients; patients: how many they are; note: why there are none
         modalities  name -> distance (None: not compared), group: in which it is farthest, times: its Mahalanobis
                     distance there over the one with which it would be as far as the farthest reference patient, like:
-                    the modality whose scans it is nearer to, where the group is relative and it is unlike
+                    the modality whose scans it lies among, where it is unlike by its look
     """
     record: Found = {"unlike": [], "distance": None} | {key: found[key] for key in ("farthest", "patients", "note")}
     record["modalities"] = {}
@@ -302,7 +308,8 @@ def compare(laws: Mapping[str, Usual], found: Found, features: Features, modalit
         if own > found["farthest"]:
             record["unlike"].append(name)
             if GROUPS[group][0]:
-                like = modalities[nearest(laws[group], features[group].astype(np.float64), m)]
+                other = taken_for(laws[group], features[group].astype(np.float64), m)
+                like = None if other is None else modalities[other]
         times = float(np.exp((own - found["farthest"]) * laws[group].spread[m]))
         record["modalities"][name] = {"distance": own, "group": group, "times": times, "like": like}
     return record
