@@ -237,9 +237,7 @@ def _block_means(x: Array, grid: tuple[int, ...]) -> Array:
     return jnp.mean(x.reshape(len(x), *blocks), axis=tuple(range(2, 2 + 2 * len(grid), 2)))
 
 
-def describe(
-    params: Any, volume: Volume, *, model: EnTrust, mesh: Mesh, multiple: int
-) -> dict[str, np.ndarray]:
+def describe(params: Any, volume: Volume, *, model: EnTrust, mesh: Mesh, multiple: int) -> dict[str, np.ndarray]:
     """The features of each modality of a case by which `ood` knows whether it looks like training's: group -> [m f].
 
     encoder: means over the body of c_m and u_m at every scale, the logarithm of the error with which its image is
@@ -255,15 +253,14 @@ def describe(
         for sums in [encoded_sums(params, piece, model=model, mesh=mesh)]
     ]
     sums = jax.tree.map(lambda *x: sum(x), *parts)
-    modalities = np.arange(len(volume.present))
-    first, second = np.triu_indices(len(modalities), 1)
+    first, second = np.triu_indices(len(volume.present), 1)
     both = volume.present[first] & volume.present[second]
     found: dict[str, list[np.ndarray]] = {"encoder": [], "texture": [], "look": []}
     with np.errstate(divide="ignore", invalid="ignore"):
         error, entropy = (sums["other"] / [sums["redrawn"], sums["inside"]]).T
         kappa = sums["pairs"] / sums["inside"]
         means = sums["features"] / sums["sizes"]
-    for m in modalities:
+    for m in range(len(volume.present)):
         mine = kappa[both & ((first == m) | (second == m))]
         contested = np.log(mine.max() + 1e-3) if mine.size else np.nan
         texture = ood.texture(volume.image[m], volume.body)
