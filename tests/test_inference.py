@@ -383,7 +383,8 @@ def test_a_modality_is_described_alike_whatever_the_chunks_and_by_itself(monkeyp
 
     # By hand, at the first scale: the mean of c_m over the blocks of which more than half is body.
     batch = inference.pipeline.evaluation_slices(case, multiple=SIZE)
-    evidence = MODEL.apply(params(), batch["image"], batch["coordinates"], batch["body"], method="encode")
+    images = [jnp.asarray(batch[name]) for name in ("image", "coordinates", "body")]
+    evidence = MODEL.apply(params(), *images, method="encode")
     inside = batch["body"].reshape(DEPTH, SIZE // 2, 2, SIZE // 2, 2).mean(axis=(2, 4)) > 0.5
     expected = np.moveaxis(np.asarray(evidence.c[0]), 1, 0)[:, inside].mean(axis=1)
     np.testing.assert_allclose(found["encoder"][:, :4], expected, rtol=1e-3, atol=1e-4)

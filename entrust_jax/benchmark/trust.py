@@ -209,7 +209,7 @@ def _mean(values: np.ndarray) -> dict[str, Any]:
 def resplit(
     cases: Sequence[conformal.Case],
     regions: Sequence[str],
-    levels: dict[str, float],
+    levels: dict[str, Any],
     calibration: int,
     *,
     times: int = RESPLITS,
@@ -292,10 +292,11 @@ def predicted_dice(calibration: Sequence[conformal.Case], test: Sequence[conform
     values = {"as_it_is": x, "under_the_map": np.interp(x, *curve), "delivered": delivered}
     result: dict[str, Any] = {"calibration": len(people), "map": chosen}
     for name, one in values.items():
-        rho = stats.spearmanr(one, y).statistic if np.ptp(one) > 0 and np.ptp(y) > 0 else float("nan")
+        ranks: Any = stats.spearmanr(one, y) if np.ptp(one) > 0 and np.ptp(y) > 0 else None
+        rho = float("nan") if ranks is None else float(ranks.statistic)
         result[name] = {
             "mean_error": _mean(np.abs(one - y)),
-            "spearman": None if not np.isfinite(rho) else float(rho),
+            "spearman": None if not np.isfinite(rho) else rho,
             "n": len(y),
         }
     return result

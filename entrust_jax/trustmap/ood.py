@@ -164,9 +164,10 @@ def usual(x: Float[np.ndarray, "n m g"], patients: Sequence[str], relative: bool
     relative: what counts is how much farther a modality lies from its own law than from the nearest of the others';
     then features count that are known of every modality.
     """
-    own, (_, modalities, _) = np.array(patients, dtype=object), x.shape
-    there = np.isfinite(x).any(axis=2)
-    enough = np.array([len(set(own[there[:, m]])) >= LEAST_PATIENTS for m in range(modalities)])
+    names, number = np.unique(np.array(patients, dtype=str), return_inverse=True)
+    modalities = x.shape[1]
+    there = np.asarray(np.isfinite(x).any(axis=2))
+    enough = np.array([len(np.unique(number[there[:, m]])) >= LEAST_PATIENTS for m in range(modalities)])
     known = np.stack([_share_known(x[there[:, m], m]) >= KNOWN for m in range(modalities)]) & enough[:, None]
     if relative and enough.any():
         known = enough[:, None] & known[enough].all(axis=0)
@@ -177,9 +178,9 @@ def usual(x: Float[np.ndarray, "n m g"], patients: Sequence[str], relative: bool
 
     nothing = np.zeros(modalities)
     left: list[np.ndarray] = []
-    for patient in sorted(set(own)) if enough.any() else ():
-        without = Usual(known, laws(own != patient), nothing, nothing + 1)
-        left.append(_greatest([scores(without, row, relative) for row in x[own == patient]]))
+    for patient in range(len(names)) if enough.any() else ():
+        without = Usual(known, laws(number != patient), nothing, nothing + 1)
+        left.append(_greatest([scores(without, row, relative) for row in x[number == patient]]))
     if not left:
         return Usual(known, (None,) * modalities, nothing + np.nan, nothing + np.nan)
     each = np.stack(left)
