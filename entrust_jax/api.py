@@ -20,10 +20,11 @@ from entrust_jax.data import dataset, preprocess, resampling, splits
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.runtime import checkpoint, mesh
-from entrust_jax.trustmap import conformal
+from entrust_jax.trustmap import conformal, ood
 
 SPACING = "spacing.json"  # the planned working spacing, in the working folder
 CONFORMAL = "conformal.json"  # the guarantees
+UNUSUAL = "ood.json", "ood.npz"  # how far reference patients lie from those of training; what is usual there
 SECTIONS = ("name", "method", "seed", "data", "model", "diffusion", "train", "unet")
 # Keys that older working folders lack, with the values that they were trained with.
 ADDED = {
@@ -51,6 +52,7 @@ class Trained:
       tau: the Dice threshold of stage 3, for methods without hypotheses.
       rung, calibration: the chosen calibrator and its parameters. meta: what stage 4 wrote of its choice.
       conformal: what stage 5 found (`conformal.fit`); None where the folder is older than that stage.
+      usual: what stage 6 found (`ood.fit`); None where the folder is older than that stage, or the method is another.
     """
 
     workdir: Path
@@ -66,6 +68,7 @@ class Trained:
     calibration: dict[str, np.ndarray]
     meta: dict[str, Any]
     conformal: dict[str, Any] | None = None
+    usual: tuple[dict[str, ood.Usual], dict[str, Any]] | None = None
 
 
 def network_of(config: Any) -> model.EnTrust | unet.UNet:
@@ -179,6 +182,7 @@ def load(workdir: Path | str) -> Trained:
         calibration=params,
         meta=meta,
         conformal=read_conformal(workdir / CONFORMAL, tuple(config.data.regions)),
+        usual=read_usual(workdir, len(config.data.modalities)),
     )
 
 
@@ -196,6 +200,26 @@ def read_conformal(path: Path, regions: tuple[str, ...]) -> dict[str, Any] | Non
         raise UserError(
             f"{path}: is damaged ({type(error).__name__}: {error}); remove it and run the same train command again"
         ) from None
+
+
+def read_usual(workdir: Path, modalities: int) -> tuple[dict[str, ood.Usual], dict[str, Any]] | None:
+    """What is usual in training's scans; None where the folder does not say. Raises UserError where that is damaged."""
+    record, arrays = (workdir / name for name in UNUSUAL)
+    try:
+        found = json.loads(record.read_text())
+        if found["note"]:
+            return {}, found
+        if not float(found["farthest"]) > -math.inf or int(found["patients"]) < 1:
+            raise ValueError("it has no reference patients")
+        with np.load(arrays) as file:
+            return ood.laws_of({name: file[name] for name in file.files}, modalities), found
+    except FileNotFoundError:
+        if not record.exists():
+            return None
+        wrong = "is missing"
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        wrong = f"or .json beside it: is damaged ({type(error).__name__}: {error})"
+    raise UserError(f"{arrays} {wrong}; remove {record.name} and run the same train command again")
 
 
 def read_cases(trained: Trained, data_dir: str | None = None, split: str = "test") -> tuple[list[Volume], list[str]]:
@@ -276,10 +300,31 @@ def extent(config: Any) -> dict[str, Any]:
     return {"multiple": multiple(config)}
 
 
+def describe_volume(trained: Trained, volume: Volume) -> dict[str, np.ndarray]:
+    """The features by which a case, on its scan's own grid, is compared with training's; see `inference.describe`."""
+    assert isinstance(trained.network, model.EnTrust), "other methods do not see each modality by itself"
+    rooms, own = windows if volumetric(trained.config) else inference, resampling.at_spacing(volume, trained.spacing)
+    batches = rooms.pieces(own, mesh=trained.mesh, **extent(trained.config))
+    return inference.describe(trained.params, own, batches, model=trained.network, mesh=trained.mesh)
+
+
+def compare_volume(trained: Trained, volume: Volume) -> dict[str, Any] | None:
+    """Whether each scan of a case looks like those of training: what `ood.compare` returns; None for other methods than
+
+    EnTrust. Seconds, for nothing is drawn: a person should know before the prediction.
+    """
+    if trained.config.method != "entrust":
+        return None
+    laws, found = trained.usual or ({}, ood.NOTHING)
+    features = describe_volume(trained, volume) if laws else {}
+    return ood.compare(laws, found, features, tuple(trained.config.data.modalities))
+
+
 def predict_volume(trained: Trained, volume: Volume) -> dict[str, Any]:
     """Segmentation, calibrated uncertainty, reasons and guarantees of one case: the maps and records of
 
-    `inference.finish`, and under "conformal" what `conformal.apply` returns.
+    `inference.finish`, and under "conformal" what `conformal.apply` returns. The predicted Dice is corrected by the
+    calibration patients where that helps (`conformal.dice_map`).
 
     The volume is on its scan's own grid, and so are the maps, whatever the network's working spacing.
     """
@@ -291,6 +336,8 @@ def predict_volume(trained: Trained, volume: Volume) -> dict[str, Any]:
         predicted_dice=found["predicted_dice"],
         volumes=found["regions"],
     )
+    value = conformal.corrected_dice(trained.conformal, found["predicted_dice"], found["conformal"]["dice"])
+    found["predicted_dice"] = found["trust"]["predicted_dice"] = value
     return found
 
 

@@ -6,6 +6,8 @@ reference scan's geometry, report.json and overview.png.
 
 --cases=FOLDER predicts every folder in it, each into a folder of its own name under --output, and writes referral.csv:
 the cases in the order in which a person should look at them, the least trusted first.
+
+Before anything is predicted, a line warns of every scan that does not look like those of training.
 """
 
 import csv
@@ -76,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read(config: Any, case: Any) -> tuple[Any, list[str]]:
-    """The scans of a case, and a sentence for whatever is lost with those that are missing; both are printed."""
+    """The scans of a case, and a sentence for whatever is lost with those that are missing."""
     from entrust_jax.data import dataset, preprocess
 
     data = config.data
@@ -86,23 +88,36 @@ def read(config: Any, case: Any) -> tuple[Any, list[str]]:
     lost = losses(present, modalities, data.reference)
     if volume.reference is not None and preprocess.is_picture(volume.reference):
         lost.append("A picture does not say how large its pixels are: 1 mm is taken, so no volume or distance is real.")
-    missing = [name for name in modalities if name not in present]
-    print(f"{volume.name}: present {', '.join(present)}; missing {', '.join(missing) or 'none'}")
-    for line in (*volume.warnings, *lost):
-        print(f"  {line}")
     return volume, lost
 
 
+def announce(volume: Any, modalities: Sequence[str], lines: Sequence[str], unlike: Sequence[str]) -> None:
+    """Prints what was given: first which scans are unlike those of training, for all that follows rests on them."""
+    for line in unlike:
+        print(f"warning: {volume.name}: {line}", flush=True)
+    named = {here: [m for m, there in zip(modalities, volume.present, strict=True) if there == here] for here in (1, 0)}
+    print(f"{volume.name}: present {', '.join(named[1])}; missing {', '.join(named[0]) or 'none'}", flush=True)
+    for line in lines:
+        print(f"  {line}", flush=True)
+
+
 def write(config: Any, trained: Any, volume: Any, lost: Sequence[str], output: Path) -> Any:
-    """Predicts a volume into the folder `output`; returns the prediction."""
+    """Says what was given, predicts it into the folder `output`; returns the prediction."""
     from entrust_jax import api
     from entrust_jax.report import output as report
     from entrust_jax.runtime import logs
+    from entrust_jax.trustmap import ood
 
     data = config.data
+    compared = api.compare_volume(trained, volume)
+    unlike = ood.sentences(compared) if compared else []
+    lines = [*volume.warnings, *lost]
+    if compared and compared["note"]:
+        lines.append(f"Not compared with the scans of training: {compared['note']}.")
+    announce(volume, tuple(data.modalities), lines, unlike)
     if (expected := api.memory_in_words(trained, volume)) is not None:
         print(f"  {expected}", flush=True)
-    prediction = api.predict_volume(trained, volume)
+    prediction = api.predict_volume(trained, volume) | {"compared": compared}
     report.write_prediction(
         output,
         prediction,
@@ -116,7 +131,7 @@ def write(config: Any, trained: Any, volume: Any, lost: Sequence[str], output: P
         regions=dict(data.regions.items()),
         hypotheses=FLAGS.hypotheses,
         versions=logs.code_version() | {name: importlib.metadata.version(name) for name in PACKAGES},
-        warnings=(*volume.warnings, *lost),
+        warnings=(*unlike, *lines),
     )
     return prediction
 
@@ -141,7 +156,8 @@ def predict_folders(config: Any, workdir: Path, folders: Sequence[Path], output:
             print(f"{folder.name}: not predicted: {error}", flush=True)
             failed.append(str(error))
             continue
-        rows.append({"case": folder.name} | prediction["trust"])
+        unlike = {} if prediction["compared"] is None else {"unlike": " ".join(prediction["compared"]["unlike"])}
+        rows.append({"case": folder.name} | prediction["trust"] | unlike)
         print(f"  trust {prediction['trust']['score']:.4f}, {prediction['seconds']:.1f} s", flush=True)
     if rows:
         logs.write_bytes(output / REFERRAL, referral(rows).encode())

@@ -31,7 +31,7 @@ from entrust_jax.report import output
 from entrust_jax.runtime import aside, checkpoint, logs, mesh
 from entrust_jax.runtime.state import TrainState, create, ema_decay, update_ema
 from entrust_jax.segdiff.objective import bin_levels
-from entrust_jax.trustmap import calibration, case, conformal
+from entrust_jax.trustmap import calibration, case, conformal, ood
 
 Batch = dict[str, Array]
 Loss = Callable[..., tuple[Array, dict[str, Array]]]
@@ -42,6 +42,8 @@ KAPPA_ALARM = 0.5  # mean conflict on training cases, relative to validation, be
 MAX_BAD_STEPS = 20  # consecutive steps without a finite gradient before the run gives up
 WORTH_A_PROCESS = 100  # steps that win back the seconds which a process of its own for compiling costs
 CHECKPOINT_SECONDS = 120  # the most work that a killed run repeats
+USUAL_CASES, REFERENCE_CASES = 100, 200  # at most, that say how training's scans look and how far others may lie
+HELD = 4  # cases that are in memory at once for that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,7 @@ def main(argv: Sequence[str]) -> None:
     network = api.network_of(config)
     run(config, workdir, network, plan_stages(config, network))
     guarantee(workdir)
+    reference(workdir)
     print(f"\ndone: {workdir}\n  python -m entrust_jax.evaluate --workdir={workdir}", flush=True)
 
 
@@ -790,6 +793,53 @@ def guarantee(workdir: Path) -> None:
     print(f"guarantees: {found['patients']} patients, {time.perf_counter() - began:.0f} s")
     for line in conformal.statements(found):
         print(f"  {line}")
+
+
+def reference(workdir: Path) -> None:
+    """Stage 6: what is usual in the scans of training, and how far the patients lie from it who had no part in it.
+
+    Those are the validation and calibration patients: no parameter has seen them, and one checkpoint in a few was
+    chosen on the former. Also for a folder that was finished before this stage existed. Only for EnTrust, which sees
+    each modality by itself.
+    """
+    config: Any = api.read_config(workdir)
+    record, arrays = (workdir / name for name in api.UNUSUAL)
+    if config.method != "entrust" or api.read_usual(workdir, len(config.data.modalities)) is not None:
+        return
+    began = time.perf_counter()
+    trained = api.load(workdir)
+    parts, note = trained.splits, ""
+    others = [*parts["val"], *parts["calibration"]]
+    if set(parts["train"]) & set(others):
+        note = "all patients had a part in training (config.data.split.folds=1)"
+    described: list[list[tuple[str, ood.Features]]] = []
+    for names in ([], []) if note else (spaced(parts["train"], USUAL_CASES), spaced(others, REFERENCE_CASES)):
+        own: list[tuple[str, ood.Features]] = []
+        with logs.progress("reference", len(names)) as show:
+            for i in range(0, len(names), HELD):
+                own += [(v.patient, api.describe_volume(trained, v)) for v in readable(config, names[i : i + HELD])]
+                show(min(i + HELD, len(names)))
+        described.append(own)
+    laws, found = ood.fit(*(described or ([], [])), note=note)
+    logs.write_bytes(arrays, _npz(ood.arrays_of(laws)))
+    logs.write_json(record, found)
+    print(
+        f"usual scans: {found['training']} training patients, {found['patients']} reference patients, "
+        f"{time.perf_counter() - began:.0f} s" + (f"; {found['note']}" if found["note"] else "")
+    )
+
+
+def spaced(names: Sequence[str], most: int) -> list[str]:
+    """At most so many of the names, evenly spaced."""
+    return [names[i * len(names) // most] for i in range(most)] if len(names) > most else list(names)
+
+
+def readable(config: Any, names: Sequence[str]) -> list[Volume]:
+    """The cases on their scans' own grids, without those that cannot be read, which the training has said."""
+    try:
+        return dataset.read(config.data, names, config.seed)[0]
+    except UserError:  # none of them
+        return []
 
 
 def _npz(params: dict[str, np.ndarray]) -> bytes:

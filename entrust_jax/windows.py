@@ -104,6 +104,13 @@ def _groups(at: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]
         yield np.concatenate([real, np.repeat(real[-1:], size - len(real), axis=0)]), real
 
 
+def pieces(volume: Volume, *, mesh: Mesh, window: Size, unit: Size) -> Iterator[dict[str, np.ndarray]]:
+    """The windows of a case in groups; copies in the last one are not valid."""
+    around = frame(volume, window, unit)
+    for group, real in _groups(lattices.origins(around.scan["body"], window, unit), mesh.size):
+        yield batch_of(around, group) | {"valid": np.arange(len(group)) < len(real)}
+
+
 def join(around: Frame, parts: Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]) -> tuple[dict, np.ndarray]:
     """Gaussian-weighted means over the windows of maps (those in AHEAD with an axis before the voxels), and where
 

@@ -8,7 +8,7 @@ import pytest
 
 from entrust_jax import api
 from entrust_jax.errors import UserError
-from entrust_jax.trustmap import calibration
+from entrust_jax.trustmap import calibration, ood
 
 SPACE = (4, 48, 48)
 
@@ -128,3 +128,48 @@ def test_what_is_wrong_with_a_folder_is_one_line(folder, damage, words):
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+# What is usual in training's scans ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def usual(tmp_path):
+    """A folder that says what is usual of two modalities."""
+    rng = np.random.default_rng(0)
+    cases = [(f"p{i}", {name: rng.normal(size=(2, 5)) for name in ood.GROUPS}) for i in range(14)]
+    laws, found = ood.fit(cases[:10], cases[10:])
+    np.savez(tmp_path / "ood.npz", **ood.arrays_of(laws))
+    (tmp_path / "ood.json").write_text(json.dumps(found))
+    return tmp_path
+
+
+def test_what_is_usual_is_read_and_a_folder_without_it_has_none(usual, tmp_path_factory):
+    laws, found = api.read_usual(usual, 2)
+    assert set(laws) == set(ood.GROUPS) and found["patients"] == 4
+    assert api.read_usual(tmp_path_factory.mktemp("older"), 2) is None
+    (usual / "ood.json").write_text(json.dumps(ood.NOTHING))
+    (usual / "ood.npz").unlink()  # nothing was found, and that is said
+    assert api.read_usual(usual, 2) == ({}, ood.NOTHING)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda run: truncate(run / "ood.json"),
+        lambda run: (run / "ood.json").write_text("{}"),
+        lambda run: (run / "ood.json").write_text("[]"),
+        lambda run: (run / "ood.json").write_text('{"note": "", "farthest": null, "patients": 3}'),
+        lambda run: (run / "ood.npz").unlink(),
+        lambda run: truncate(run / "ood.npz"),
+        lambda run: (run / "ood.npz").write_bytes(b""),
+        lambda run: np.savez(run / "ood.npz", a=np.zeros(2)),
+    ],
+)
+def test_what_is_wrong_with_what_is_usual_is_one_line(usual, damage):
+    damage(usual)
+    with pytest.raises(UserError, match=r"ood\.npz .*remove ood\.json and run the same train command again") as error:
+        api.read_usual(usual, 2)
+    assert str(usual) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError):
+        api.read_usual(usual, 3)  # of another number of modalities

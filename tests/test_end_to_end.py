@@ -60,6 +60,10 @@ def test_a_trained_folder_explains_itself(trained, method):
     assert found["patients"] == CASES["calibration"] and set(found["outer"]) == {"WT", "TC", "ET"}
     assert found["dice"]["margin"] >= 0 and all(one["patients"] <= 9 for one in found["outer"].values())
     assert all("needs 22 calibration patients" in one["reason"] for one in found["inner"].values())
+    assert (workdir / "ood.json").exists() == (workdir / "ood.npz").exists() == (method == "entrust")
+    if method == "entrust":
+        found = json.loads((workdir / "ood.json").read_text())
+        assert (found["training"], found["patients"]) == (CASES["train"], CASES["val"] + CASES["calibration"])
     assert all(path.is_file() for path in scans_of(workdir).values())
 
     rows = rows_of(workdir)
@@ -152,7 +156,7 @@ def test_a_killed_run_ends_as_one_that_was_not(trained, command, small, tmp_path
     assert ours.keys() == theirs.keys() and sum("opt_state" in name for name in ours) > 100
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-    for name in ("calibration.json", "calibration.npz", "conformal.json"):
+    for name in ("calibration.json", "calibration.npz", "conformal.json", "ood.json"):
         assert (workdir / name).read_bytes() == (whole / name).read_bytes()
 
 

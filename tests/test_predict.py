@@ -117,6 +117,7 @@ def trained(monkeypatch):
     api.read_config = lambda workdir: config
     api.load = lambda workdir: types.SimpleNamespace(config=config, splits={}, workdir=workdir)
     api.predict_volume = predict_volume
+    api.compare_volume = lambda trained, volume: None  # as for every method but EnTrust
     monkeypatch.setitem(sys.modules, "entrust_jax.api", api)
     monkeypatch.setattr(entrust_jax, "api", api, raising=False)
 
@@ -179,6 +180,59 @@ def test_a_folder_of_cases_gets_an_order_of_referral(tmp_path, trained, capsys):
     for name in ("calm", "worst", "odd"):
         assert json.loads((tmp_path / "out" / name / "report.json").read_text())["case"] == name
     assert not (tmp_path / "out" / "broken").exists() and "broken: not predicted" in capsys.readouterr().out
+
+
+def compared(*unlike, note=""):
+    """What a comparison with training's scans says, of T1 and FLAIR."""
+    own = {
+        name: {"distance": 9.0 if name in unlike else 1.0, "group": "look", "times": 4.1, "like": None}
+        for name in ("T1", "FLAIR")
+    }
+    found = {"unlike": [*unlike], "distance": 9.0, "farthest": 2.5, "patients": 17, "note": note, "modalities": own}
+    return found
+
+
+def test_a_scan_unlike_training_is_told_before_anything_else(tmp_path, scan, trained, capsys, monkeypatch):
+    api = sys.modules["entrust_jax.api"]
+    predict_volume = api.predict_volume
+
+    def watched(trained, volume):
+        assert capsys.readouterr().out.startswith("warning: ")  # it was told before the prediction began
+        return predict_volume(trained, volume)
+
+    monkeypatch.setattr(api, "compare_volume", lambda trained, volume: compared("T1"))
+    monkeypatch.setattr(api, "predict_volume", watched)
+    out = run(tmp_path, f"T1={scan}", f"FLAIR={scan}")
+    found = json.loads((out / "report.json").read_text())
+    line = found["warnings"][0]
+    assert "T1 does not look like the T1 scans of training" in line and "farthest of 17 reference patients" in line
+    assert "see whether the right file was given" in line
+    assert not any("FLAIR does not" in one for one in found["warnings"])
+    assert found["compared_with_training"] == compared("T1")
+
+    monkeypatch.setattr(api, "predict_volume", predict_volume)
+    capsys.readouterr()
+    for note, words in (("", "present T1, FLAIR"), ("it is old", "Not compared with the scans of training: it is old")):
+        monkeypatch.setattr(api, "compare_volume", lambda trained, volume, note=note: compared(note=note))
+        out = run(tmp_path, f"T1={scan}", f"FLAIR={scan}")
+        printed = capsys.readouterr().out
+        assert words in printed and "warning" not in printed
+        assert json.loads((out / "report.json").read_text())["compared_with_training"]["unlike"] == []
+
+
+def test_the_order_of_referral_names_scans_unlike_training(tmp_path, scan, trained, monkeypatch):
+    for name in ("a", "b"):
+        folder = tmp_path / "cases" / name
+        folder.mkdir(parents=True)
+        (folder / f"{name}_t1.nii.gz").write_bytes(scan.read_bytes())
+        (folder / f"{name}_flair.nii.gz").write_bytes(scan.read_bytes())
+    unlike = {"a": (), "b": ("FLAIR", "T1")}
+    api = sys.modules["entrust_jax.api"]
+    monkeypatch.setattr(api, "compare_volume", lambda trained, volume: compared(*unlike[volume.name]))
+    run(tmp_path, cases=str(tmp_path / "cases"))
+    lines = (tmp_path / "out" / "referral.csv").read_text().splitlines()
+    assert lines[0] == "review,case,score,predicted_dice,unlike"
+    assert [line.split(",")[-1] for line in lines[1:]] == ["", "FLAIR T1"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ python -m entrust_jax.benchmark --suite=steps
 python -m entrust_jax.benchmark --suite=latency --config=configs/glioma.py
 python -m entrust_jax.benchmark --suite=volume --config=configs/brats.py [--shape=155,240,240 | --workdir=W]
 python -m entrust_jax.benchmark --suite=compile --config=configs/brats.py --output=O
+python -m entrust_jax.benchmark --suite=trust --workdir=W --output=O [--cases=512] [--spoilt=64]
 
 phantom: trains EnTrust and its ablations on the phantom and holds them against the exact posterior. Finished trainings
 in O/runs are not repeated. --quick: one seed, the reference alone; --ablation: the reference and those named.
@@ -11,6 +12,8 @@ latency: seconds of one slice with all its hypotheses and probes, beside U-Net p
 volume: minutes and peak memory of one 3-D scan of random weights; with --workdir, what the windows of a trained network
 leave to be seen in its test cases.
 compile: memory and FLOPs of a training step on one device and on eight, compiled without data and not run: O/NAME.json.
+trust: whether a trained EnTrust tells spoilt scans, keeps its guarantees over random divisions of its calibration and
+test patients, and predicts its Dice. Writes trust.json and trust.md.
 """
 
 import json
@@ -40,6 +43,7 @@ def main(argv: Sequence[str]) -> None:
         "latency": latency_suite,
         "volume": volume_suite,
         "compile": compile_suite,
+        "trust": trust_suite,
     }
     suites[FLAGS.suite](config)
 
@@ -107,12 +111,29 @@ def compile_suite(config: Any) -> None:
     print(compilation.run(config, output))
 
 
+def trust_suite(config: Any) -> None:
+    """Writes trust.json and trust.md into --output, and prints the latter."""
+    del config  # the working folder has its own
+    from entrust_jax.benchmark import trust
+
+    for name in ("workdir", "output"):
+        if not FLAGS[name].value:
+            raise UserError(f"--{name} is missing: --suite=trust --workdir=FOLDER_OF_A_TRAINING --output=FOLDER")
+    output = Path(FLAGS.output)
+    cli.check_place(output, "--output")
+    command = f"python -m entrust_jax.benchmark --suite=trust --workdir=W --output=O --cases={FLAGS.cases}"
+    trust.run(Path(FLAGS.workdir), output, FLAGS.cases, FLAGS.spoilt, f"{command} --spoilt={FLAGS.spoilt}")
+    print((output / "trust.md").read_text())
+
+
 if __name__ == "__main__":
-    suites = ["phantom", "steps", "latency", "volume", "compile"]
+    suites = ["phantom", "steps", "latency", "volume", "compile", "trust"]
     flags.DEFINE_enum("suite", "phantom", suites, "What to measure.")
-    flags.DEFINE_string("workdir", None, "volume: a finished working folder.")
+    flags.DEFINE_string("workdir", None, "volume, trust: a finished working folder.")
     flags.DEFINE_list("shape", ["155", "240", "240"], "volume: voxels of the scan along D, H, W.")
-    flags.DEFINE_string("output", None, "Folder for the results of the phantom and the compile suite.")
+    flags.DEFINE_string("output", None, "phantom, compile, trust: folder for the results.")
+    flags.DEFINE_integer("cases", 512, "trust: patients whose guarantees are tried, of a phantom.", lower_bound=1)
+    flags.DEFINE_integer("spoilt", 64, "trust: test cases whose scans are spoilt, at most.", lower_bound=1)
     flags.DEFINE_integer("seeds", 3, "Trainings of every variant.", lower_bound=1)
     flags.DEFINE_multi_string("ablation", [], "phantom: an ablation to train beside the reference; all by default.")
     flags.DEFINE_bool("quick", False, "The reference alone, one seed.")

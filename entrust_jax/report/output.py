@@ -245,6 +245,7 @@ def write_prediction(
                     "missing": [word for word, here in zip(modalities, volume.present, strict=True) if not here],
                     "geometry_from": scan.name,
                 },
+                "compared_with_training": prediction.get("compared"),
                 "predicted_dice": prediction.get("predicted_dice"),
                 "predicted_dice_interval": promised.get("dice"),
                 "trust": prediction.get("trust"),

@@ -277,6 +277,33 @@ def test_what_is_promised_is_said_with_the_patients_it_rests_on():
     assert conformal.statements(found)[2] == "No 90 % interval of the Dice: the method predicts none."
 
 
+def dice_cases(true_of, count=20):
+    rng = np.random.default_rng(10)
+    cases = []
+    for i, predicted in enumerate(rng.uniform(0.4, 0.95, count)):
+        true = true_of(predicted, rng)
+        off = abs(true - predicted)
+        cases.append(conformal.Case(f"p{i}", {}, {"r": np.zeros(GRID)}, off, {"r": 0.0}, predicted, true))
+    return cases
+
+
+def test_a_predicted_dice_is_corrected_only_where_left_out_patients_gain():
+    too_high = conformal.fit(dice_cases(lambda p, rng: p - 0.3 + rng.normal(0, 0.02)), ("r",), **LEVELS)
+    too_high = json.loads(json.dumps(too_high))
+    curve = too_high["dice_map"]
+    assert curve["reason"] == "" and curve["error_with_map"] < 0.1 < 0.25 < curve["error"]
+    assert np.all(np.diff(curve["values"]) >= 0) and curve["patients"] == 20
+    values = [conformal.corrected_dice(too_high, p, None) for p in (0.0, 0.6, 1.0)]
+    assert values[0] == min(curve["values"]) and values[1] == pytest.approx(0.3, abs=0.06) and values[2] < 0.7
+    assert conformal.corrected_dice(too_high, 0.6, (0.5, 0.7)) == 0.5  # within what is guaranteed
+    right = conformal.fit(dice_cases(lambda p, rng: p + rng.normal(0, 0.05)), ("r",), **LEVELS)
+    few = conformal.fit(dice_cases(lambda p, rng: p - 0.3, count=7), ("r",), **LEVELS)
+    assert "no better" in right["dice_map"]["reason"] and "needs 8" in few["dice_map"]["reason"]
+    for found in (right, few, None, {}):
+        assert conformal.corrected_dice(found, 0.6, None) == 0.6
+    assert conformal.corrected_dice(too_high, None, None) is None
+
+
 def test_a_mask_that_is_always_wrong_has_no_inner_part():
     wrong = np.where(np.arange(GRID) < 5, np.nan, 1.0)
     cases = [conformal.Case(str(i), {}, {"r": wrong}, 0.0, {"r": 0.0}) for i in range(40)]
