@@ -26,15 +26,16 @@ from jaxtyping import Array, Bool, Float, Int
 from entrust_jax.segdiff.sampler import Denoise
 
 DEVIATION = 1 / 8  # of the Gaussian weights, in windows
+STEP = 0.75  # of a window; with half of one, as nnU-Net has it, the network sees every voxel eight times at every step
 LEAST_WEIGHT = 1e-3  # at a window's corners: a corner of the lattice has one window alone
 
 
 def steps_between(window: Sequence[int], unit: Sequence[int]) -> tuple[int, ...]:
-    """Voxels from one window to the next: half a window, rounded up to whole voxels of the coarsest scale (`unit`).
+    """Voxels from one window to the next: STEP of a window, rounded to whole voxels of the coarsest scale (`unit`).
 
     A pooling lattice that began elsewhere in every window would make them disagree without reason.
     """
-    return tuple(min(w, -(-max(w // 2, 1) // u) * u) for w, u in zip(window, unit, strict=True))
+    return tuple(max(u, int(STEP * w / u) * u) for w, u in zip(window, unit, strict=True))
 
 
 def lattice_size(size: Sequence[int], window: Sequence[int], unit: Sequence[int]) -> tuple[int, ...]:
