@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -105,11 +106,14 @@ def draw(numbers, denoise, lattice, at):
     return np.asarray(jax.jit(lambda n: jax.lax.map(lambda i: one(i)[0], n))(numbers))
 
 
-def test_an_object_in_two_windows_is_seldom_resolved_twice():
-    """Each window sees two thirds of an object that is there as a whole or not at all. No window alone knows the law,
+@pytest.mark.parametrize(("step", "most"), [(0.5, 0.5), (volume.STEP, 0.9)])
+def test_an_object_in_two_windows_is_resolved_twice_less_often(step, most, monkeypatch):
+    """Each window sees a part of an object that is there as a whole or not at all. No window alone knows the law, so
 
-    so some walls stay (measured: 12 % of the hypotheses); windows sampled each by itself differ in 42 %.
+    some walls stay: in 12 % of the hypotheses where windows are half a window apart, in about 30 % at three quarters;
+    windows sampled each by itself differ in 42 %. An object that fits into a window has none of this.
     """
+    monkeypatch.setattr(volume, "STEP", step)
     lattice, at = lattice_of((4, 8, 12))
     assert len(at) == 2
     masks = np.argmax(draw(jnp.arange(400), scan_denoiser(all_or_nothing, lattice, at), lattice, at), -1)
@@ -122,7 +126,7 @@ def test_an_object_in_two_windows_is_seldom_resolved_twice():
         for i in range(2)
     ]
     apart = np.mean(alone[0][:, 0, 0, 0] != alone[1][:, 0, 0, 0])
-    assert apart > 0.35 and wall < 0.5 * apart
+    assert apart > 0.35 and wall < most * apart
 
 
 def test_no_batching_of_windows_changes_a_hypothesis():
