@@ -23,6 +23,7 @@ from entrust_jax.data.preprocess import Volume
 MARGIN = 2  # voxels round a lesion that are moved along: what the outline left out
 RING = 2  # voxels round those, by which two places are compared
 APART = 3  # voxels between a healthy place and any lesion
+STRANGE = 9.0  # times the median difference from the mean of the tissue round a lesion: beyond, it is other tissue
 STRIDE = 2  # of the search for a healthy place
 SMALLEST = 12  # voxels of a lesion in the slices looked at, below which nothing is injected
 WINDOWS = 12  # runs of slices that are tried
@@ -80,12 +81,9 @@ def find_move(volume: Volume, lesion: Bool[np.ndarray, "d h w"]) -> Move | None:
         return None
     healthy = volume.body & ~grown(volume.label > 0, APART)
     moved = grown(lesion, MARGIN) & volume.body
-    around = grown(moved, RING) & healthy
-    if not around.any():
+    if not (around(volume, lesion) & healthy).any():
         return None
-    image = volume.image[volume.present]
-    strangeness = np.mean(np.square(image - image[:, around].mean(axis=1).reshape(-1, 1, 1, 1)), axis=0)
-    cost = np.where(healthy, strangeness, np.inf)
+    cost = np.where(healthy, strangeness(volume, lesion), np.inf)
     d, h, w = np.nonzero(moved)
     best, least = None, np.inf
     for move in _moves(volume.body, h, w):
@@ -94,6 +92,19 @@ def find_move(volume: Volume, lesion: Bool[np.ndarray, "d h w"]) -> Move | None:
         if value < least:
             best, least = move, value
     return best
+
+
+def around(volume: Volume, lesion: Bool[np.ndarray, "d h w"]) -> Bool[np.ndarray, "d h w"]:
+    """The tissue round a lesion and its margin, no lesion itself."""
+    near = grown(lesion, MARGIN + RING) & ~grown(lesion, MARGIN) & volume.body
+    return near if volume.label is None else near & (volume.label <= 0)
+
+
+def strangeness(volume: Volume, lesion: Bool[np.ndarray, "d h w"]) -> Float[np.ndarray, "d h w"]:
+    """How far a voxel is from the mean of the tissue round the lesion: squared, mean over the modalities."""
+    image = volume.image[volume.present]
+    level = image[:, around(volume, lesion)].mean(axis=1)
+    return np.mean(np.square(image - level.reshape(-1, 1, 1, 1)), axis=0)
 
 
 def _moves(body: Bool[np.ndarray, "d h w"], h: Int[np.ndarray, " n"], w: Int[np.ndarray, " n"]) -> list[Move]:
@@ -115,8 +126,8 @@ def cloned(
     """The target with the donor inside the region, plus the membrane that makes it continue the target.
 
     known: voxels outside the region at which target and donor are both tissue; their difference, smoothed by a voxel
-    since it holds the noise of both, is what the membrane is fixed to. Where the region borders on anything else the
-    membrane is free (Neumann).
+    since it holds the noise of both, is what the membrane is fixed to. Where the region borders on anything else, bone
+    or air, the membrane is free (Neumann).
     """
     known = known & ~region
     weight = ndimage.gaussian_filter(known.astype(np.float64), 1.0)
@@ -146,27 +157,33 @@ def cloned(
     return result
 
 
-def _clone(volume: Volume, move: Move, region: Bool[np.ndarray, "d h w"]) -> Float32[np.ndarray, "m d h w"]:
+def _clone(
+    volume: Volume, lesion: Bool[np.ndarray, "d h w"], move: Move, region: Bool[np.ndarray, "d h w"]
+) -> Float32[np.ndarray, "m d h w"]:
     """Every modality with what the move brings into the region."""
-    donor, tissue = carried(volume.image, move), carried(volume.body, move)
-    result = volume.image.copy()
+    near = around(volume, lesion)
+    if not near.any():
+        return volume.image.copy()
+    strange = strangeness(volume, lesion)
+    tissue = volume.body & (strange <= STRANGE * np.median(strange[near]))
+    donor, inside, known = (carried(one, move) for one in (volume.image, volume.body, tissue))
+    result, there = volume.image.copy(), volume.present
     for d in np.flatnonzero(region.any(axis=(1, 2))):
-        there = volume.present
-        known = volume.body[d] & tissue[d]
-        result[there, d] = cloned(volume.image[there, d], donor[there, d], region[d] & tissue[d], known)
+        result[there, d] = cloned(volume.image[there, d], donor[there, d], region[d] & inside[d], tissue[d] & known[d])
     return result
 
 
 def erased(volume: Volume, lesion: Bool[np.ndarray, "d h w"], move: Move) -> Injection:
     """The lesion replaced by the healthy tissue at the other end of the move; judged where the lesion was."""
     region = grown(lesion, MARGIN) & volume.body
-    return Injection("erase", lesion & volume.body, _clone(volume, inverse(move), region))
+    return Injection("erase", lesion & volume.body, _clone(volume, lesion, inverse(move), region))
 
 
 def transplanted(volume: Volume, lesion: Bool[np.ndarray, "d h w"], move: Move) -> Injection:
     """The lesion's appearance at the healthy place that the move takes it to; judged there."""
     region = carried(grown(lesion, MARGIN) & volume.body, move) & volume.body
-    return Injection("transplant", carried(lesion & volume.body, move) & volume.body, _clone(volume, move, region))
+    place = carried(lesion & volume.body, move) & volume.body
+    return Injection("transplant", place, _clone(volume, lesion, move, region))
 
 
 def unrelated(volume: Volume, injection: Injection, seed: int) -> Injection:
