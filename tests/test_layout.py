@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "entrust_jax"
 COMMANDS = {"train", "evaluate", "predict", "check", "manifest", "cli", "benchmark.__main__"}
-SUITES = {"benchmark.phantom", "benchmark.disentanglement", "benchmark.latency"}  # as commands, without their flags
+# As commands, without their flags.
+SUITES = {"benchmark.phantom", "benchmark.disentanglement", "benchmark.latency", "benchmark.conflict"}
 # `api` is what commands and notebooks call: it reads configs, but knows neither flags nor the command line.
 ENTRY_POINTS = COMMANDS | {"api"}
 PARTS = ("enfuse", "segdiff", "trustmap")

@@ -193,7 +193,7 @@ def unrelated(volume: Volume, injection: Injection, seed: int) -> Injection:
     """
     rng = np.random.default_rng(seed)
     change = injection.changed - volume.image
-    where = np.any(change != 0, axis=0)
+    where = np.any(change != 0, axis=0) & grown(injection.region, MARGIN) & volume.body
     texture = np.zeros_like(change)
     for m in np.flatnonzero(volume.present):
         smooth = ndimage.gaussian_filter(rng.normal(size=where.shape), (0, GRAIN, GRAIN))
@@ -202,7 +202,7 @@ def unrelated(volume: Volume, injection: Injection, seed: int) -> Injection:
         if not window.any():
             continue
         smooth = window * (smooth - np.sum(window * smooth) / window.sum())
-        texture[m] = smooth * np.sqrt(np.sum(np.square(change[m])) / np.sum(np.square(smooth)))
+        texture[m] = smooth * np.sqrt(np.sum(np.square(change[m][where])) / np.sum(np.square(smooth)))
     return Injection("unrelated", injection.region, volume.image + texture)
 
 
