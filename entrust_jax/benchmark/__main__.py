@@ -1,7 +1,7 @@
 """python -m entrust_jax.benchmark --suite=phantom --output=O [--seeds=3] [--quick | --ablation="A0 mean fusion" ...]
 python -m entrust_jax.benchmark --suite=steps
 python -m entrust_jax.benchmark --suite=latency --config=configs/glioma.py
-python -m entrust_jax.benchmark --suite=conflict --workdir=W[,U,...] [--output=O] [--data_dir=D] [--cases=N]
+python -m entrust_jax.benchmark --suite=conflict --workdir=W[,U,...] [--output=O] [--data_dir=D] [--slices=N]
 
 phantom: trains EnTrust and its ablations on the phantom and holds them against the exact posterior. Finished trainings
 in O/runs are not repeated. --quick: one seed, the reference alone; --ablation: the reference and those named.
@@ -91,7 +91,7 @@ def conflict_suite(config: Any) -> None:
         "trained_on": [case.name for case in cases if case.name not in methods[first].splits["test"]],
     }
     output.mkdir(parents=True, exist_ok=True)
-    conflict.run(methods, conflict.subjects_of(methods[first], cases), output, about)
+    conflict.run(methods, conflict.subjects_of(methods[first], cases, FLAGS.slices), output, about)
     print((output / "conflict.md").read_text())
 
 
@@ -107,5 +107,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", None, "conflict: folder of labelled scans; the one trained on if left out.")
     flags.DEFINE_enum("split", "test", ["test", "all"], "conflict: held-out test cases, or every labelled case.")
     flags.DEFINE_integer("cases", 0, "conflict: so many cases, evenly spaced; 0 means all.", lower_bound=0)
+    flags.DEFINE_integer("slices", 2, "conflict: slices of a scan that are changed and looked at.", lower_bound=1)
     config_flags.DEFINE_config_file("config", "configs/phantom.py", "Config of the suite.", lock_config=True)
     cli.run(main)

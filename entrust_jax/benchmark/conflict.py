@@ -32,9 +32,8 @@ from entrust_jax.runtime import logs
 from entrust_jax.trustmap import calibration, probing
 from entrust_jax.trustmap import statistics as spread
 
-DOSES = (1 / 3, 2 / 3, 1.0)
-SLICES = 2  # of a scan that are changed and looked at
-POWERS = (0.75, 0.9, 1.1, 1.3)  # of the contrasts of test-time augmentation, each mirrored and not
+DOSES = (0.5, 1.0)
+POWERS = (0.8, 1.25)  # of the contrasts of test-time augmentation, each mirrored and not
 NEIGHBOURHOOD = 5  # voxels round a region within which uncertainty is correlated with conflict
 OVERLAP = 0.1  # share of a region that may lie in another patient's own one, for his map to be a null
 HEADLINE = "disagreement"  # of EnTrust's hypotheses: what should follow conflict
@@ -46,6 +45,7 @@ MEASURES = {
 }
 AIMS = {"auroc": 0.85, "ratio": 2.0}
 SHOWN = 4  # cases in the picture
+RESAMPLES = statistics.RESAMPLES
 NO_DROPOUT = "the U-Net has no dropout, in training or at test time: no figure"
 
 
@@ -57,6 +57,13 @@ class Said(NamedTuple):
     hypotheses: Integer[np.ndarray, "n d h w"] | None = None
     phi: Float[np.ndarray, "m d h w"] | None = None
     doubt: Float[np.ndarray, "d h w"] | None = None  # mean entropy of the unimodal posteriors
+
+
+class Observer(NamedTuple):
+    """A method: what it says of a scan, asked for its reasons or not. thorough: also at lower doses and of textures."""
+
+    ask: Callable[[Volume, bool], Said]
+    thorough: bool
 
 
 class Subject(NamedTuple):
@@ -128,23 +135,23 @@ def ask_augmented(trained: api.Trained, volume: Volume, probed: bool) -> Said:
     return Said(maps, np.argmax(members.mean(axis=1), axis=-1).astype(np.uint8))
 
 
-def observers(methods: Mapping[str, api.Trained]) -> dict[str, Callable[[Volume, bool], Said]]:
+def observers(methods: Mapping[str, api.Trained]) -> dict[str, Observer]:
     """The methods and, of each U-Net or ensemble, test-time augmentation."""
-    found: dict[str, Callable[[Volume, bool], Said]] = {}
+    found: dict[str, Observer] = {}
     for name, trained in methods.items():
-        found[name] = functools.partial(ask, trained)
+        found[name] = Observer(functools.partial(ask, trained), True)
         if isinstance(trained.network, UNet):
-            found[f"{name}, augmented at test time"] = functools.partial(ask_augmented, trained)
+            found[f"{name}, augmented at test time"] = Observer(functools.partial(ask_augmented, trained), False)
     return found
 
 
 # --- what is injected ---------------------------------------------------------------------------------------
 
 
-def subjects(volumes: Sequence[Volume], spacing: Sequence[float]) -> Iterator[Subject]:
+def subjects(volumes: Sequence[Volume], spacing: Sequence[float], slices: int) -> Iterator[Subject]:
     """The slices of each labelled scan with the most lesion, and what can be injected there; on the working grid."""
     for volume in volumes:
-        part, found = injection.prepared(resampling.at_spacing(volume, spacing), SLICES)
+        part, found = injection.prepared(resampling.at_spacing(volume, spacing), slices)
         yield Subject(part, found, [{} for _ in found])
 
 
@@ -201,7 +208,7 @@ def separates(one: Said, all_: Said, measure: str, region: Bool[np.ndarray, "d h
 
 def examine(
     subject: Subject,
-    ask_all: Mapping[str, Callable[[Volume, bool], Said]],
+    methods: Mapping[str, Observer],
     first: str,
     faith: Callable[[Volume, Said], dict[str, float]],
 ) -> Result:
@@ -210,12 +217,12 @@ def examine(
     for those of the untouched scan.
     """
     volume = subject.volume
-    none = {name: call(volume, True) for name, call in ask_all.items()}
+    none = {name: method.ask(volume, True) for name, method in methods.items()}
     there = np.flatnonzero(volume.present).tolist()
     rows, pictures = [], []
     for change, exactly in zip(subject.injections, subject.exact, strict=True):
         everywhere = injection.altered(volume, change, volume.present)
-        control = {name: call(everywhere, False) for name, call in ask_all.items()}
+        control = {name: method.ask(everywhere, False) for name, method in methods.items()}
         other = injection.unrelated(volume, change, volume.number)
         for m in there:
             only = np.arange(len(volume.present)) == m
@@ -223,9 +230,10 @@ def examine(
             texture = injection.altered(volume, other, only)
             row: dict[str, Any] = {"kind": change.kind, "modality": m, "voxels": int(change.region.sum())}
             row |= {"methods": {}, "maps": {}, "region": change.region, "body": volume.body}
-            for name, call in ask_all.items():
-                told = [call(dosed, dose == 1) for dosed, dose in zip(doses, DOSES, strict=True)]
-                besides = call(texture, False)
+            for name, method in methods.items():
+                asked = [*zip(doses, DOSES, strict=True)][0 if method.thorough else -1 :]
+                told = [method.ask(dosed, dose == 1) for dosed, dose in asked]
+                besides = method.ask(texture, False) if method.thorough else None
                 row["methods"][name] = measured(none[name], told, control[name], besides, change.region)
                 row["maps"][name] = {key: (told[-1].maps[key], control[name].maps[key]) for key in told[-1].maps}
                 if name == first:
@@ -242,9 +250,12 @@ def examine(
 
 
 def measured(
-    none: Said, told: Sequence[Said], all_: Said, other: Said, region: Bool[np.ndarray, "d h w"]
+    none: Said, told: Sequence[Said], all_: Said, other: Said | None, region: Bool[np.ndarray, "d h w"]
 ) -> dict[str, dict[str, Any]]:
-    """By measure: its mean in A (at each dose), in A', untouched and beside the texture; AUROC; Kendall's tau."""
+    """By measure: its mean in A (at each dose), in A', untouched and with the texture; AUROC; Kendall's tau; None where
+
+    nothing was asked.
+    """
     found = {}
     for key in none.maps:
         line = [within(none, key, region), *(within(one, key, region) for one in told)]
@@ -253,10 +264,10 @@ def measured(
             "one": line[-1],
             "all": within(all_, key, region),
             "none": line[0],
-            "unrelated": within(other, key, region),
-            "auroc_unrelated": separates(told[-1], other, key, region),
+            "unrelated": within(other, key, region) if other else None,
+            "auroc_unrelated": separates(told[-1], other, key, region) if other else None,
             "line": line,
-            "tau": conflict.kendall((0.0, *DOSES), line),
+            "tau": conflict.kendall((0.0, *DOSES), line) if len(told) == len(DOSES) else None,
         }
     return found
 
@@ -399,13 +410,13 @@ def by_patient(results: Sequence[Result], value: Callable[[dict[str, Any]], Any]
 def mean_figure(values: Float[np.ndarray, " n"]) -> dict[str, Any]:
     """Mean over the patients that have a value, with its interval."""
     used = values[np.isfinite(values)]
-    return statistics.figure(lambda w: statistics.weighted_mean(used, w), len(used))
+    return statistics.figure(lambda w: statistics.weighted_mean(used, w), len(used), resamples=RESAMPLES)
 
 
 def ratio_figure(top: Float[np.ndarray, " n"], bottom: Float[np.ndarray, " n"]) -> dict[str, Any]:
     """Ratio of two means over patients, with its interval."""
     both = np.stack([top, bottom], axis=1)[np.isfinite(top + bottom)]
-    return statistics.figure(lambda w: statistics.pooled_ratio(both, w), len(both))
+    return statistics.figure(lambda w: statistics.pooled_ratio(both, w), len(both), resamples=RESAMPLES)
 
 
 def figures(results: Sequence[Result], method: str, measure: str) -> dict[str, Any]:
@@ -695,9 +706,9 @@ def selected(volumes: Sequence[Volume], count: int) -> list[Volume]:
     return [volumes[i] for i in np.round(np.linspace(0, len(volumes) - 1, count)).astype(int)]
 
 
-def subjects_of(trained: api.Trained, volumes: Sequence[Volume]) -> Iterator[Subject]:
+def subjects_of(trained: api.Trained, volumes: Sequence[Volume], slices: int) -> Iterator[Subject]:
     """The subjects of a trained model's cases, scans or phantoms."""
     if trained.config.data.layout != "phantom":
-        return subjects(volumes, trained.spacing)
+        return subjects(volumes, trained.spacing, slices)
     spec = dataset.phantom_spec(trained.config.data)
     return phantoms(spec, [volume.number for volume in volumes], trained.config.seed)
