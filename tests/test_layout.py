@@ -8,7 +8,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "entrust_jax"
 COMMANDS = {"train", "evaluate", "predict", "check", "manifest", "cli", "benchmark.__main__"}
 # As commands, without their flags.
-SUITES = {"benchmark.phantom", "benchmark.disentanglement", "benchmark.latency", "benchmark.conflict"}
+SUITES = {
+    "benchmark.phantom",
+    "benchmark.disentanglement",
+    "benchmark.latency",
+    "benchmark.conflict",
+    "benchmark.semisynthetic",
+}
 # `api` is what commands and notebooks call: it reads configs, but knows neither flags nor the command line.
 ENTRY_POINTS = COMMANDS | {"api"}
 PARTS = ("enfuse", "segdiff", "trustmap")

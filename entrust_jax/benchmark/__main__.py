@@ -2,6 +2,8 @@
 python -m entrust_jax.benchmark --suite=steps
 python -m entrust_jax.benchmark --suite=latency --config=configs/glioma.py
 python -m entrust_jax.benchmark --suite=conflict --workdir=W[,U,...] [--output=O] [--data_dir=D] [--slices=N]
+python -m entrust_jax.benchmark --suite=semisynthetic --config=configs/glioma.py --config.data.dir=D --output=O
+python -m entrust_jax.benchmark --suite=semisynthetic --workdir=W
 
 phantom: trains EnTrust and its ablations on the phantom and holds them against the exact posterior. Finished trainings
 in O/runs are not repeated. --quick: one seed, the reference alone; --ablation: the reference and those named.
@@ -9,6 +11,9 @@ steps: what few steps and the scale b cost with an exact denoiser, as markdown.
 latency: seconds of one slice with all its hypotheses and probes, beside U-Net passes.
 conflict: whether the uncertainty of a trained EnTrust, W, follows conflict injected into one modality of its test
 cases; the same figures of the U-Nets and ensembles named after it.
+semisynthetic: makes a set of D's scans, in which each modality shows or hides a lesion with known --reliability, to be
+trained on with --config.data.layout=manifest --config.data.dir=O; then judges a model trained on it by the exact
+posterior.
 """
 
 import json
@@ -34,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
     config = FLAGS.config.copy_and_resolve_references()
     cli.setup_devices(at_most=config.train.batch)
     suites = {"phantom": phantom_suite, "steps": steps_suite, "latency": latency_suite, "conflict": conflict_suite}
+    suites["semisynthetic"] = semisynthetic_suite
     suites[FLAGS.suite](config)
 
 
@@ -95,18 +101,53 @@ def conflict_suite(config: Any) -> None:
     print((output / "conflict.md").read_text())
 
 
+def semisynthetic_suite(config: Any) -> None:
+    """Makes the set in --output, or judges --workdir and writes semisynthetic.json and .md into --output."""
+    from entrust_jax import api
+    from entrust_jax.benchmark import semisynthetic
+    from entrust_jax.runtime import logs
+
+    if not FLAGS.workdir:
+        if not FLAGS.output:
+            raise UserError("--output is missing: name a folder for the set, or a trained model with --workdir")
+        output = Path(FLAGS.output)
+        cli.check_place(output, "--output")
+        reliability = semisynthetic.reliabilities(FLAGS.reliability, tuple(config.data.modalities))
+        law = semisynthetic.make(config, output, reliability, FLAGS.draws)
+        print(f"wrote {len(law['cases'])} cases to {output}; left out: {', '.join(law['left_out']) or 'none'}")
+        return
+    if len(FLAGS.workdir) > 1:
+        raise UserError("--workdir: name one trained model")
+    trained = api.load(FLAGS.workdir[0])
+    folder = Path(FLAGS.data_dir or trained.config.data.dir)
+    law = semisynthetic.read_law(folder)
+    output = Path(FLAGS.output) if FLAGS.output else Path(FLAGS.workdir[0]) / "semisynthetic"
+    cli.check_place(output, "--output")
+    volumes, _ = api.read_cases(trained, FLAGS.data_dir, FLAGS.split)
+    found, rows = semisynthetic.evaluate(trained, volumes, law, folder.parent if folder.is_file() else folder)
+    output.mkdir(parents=True, exist_ok=True)
+    about = {"command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]])}
+    about |= {"code_version": logs.code_version(), "reliability": law["reliability"]}
+    logs.write_json(output / "semisynthetic.json", about | found | {"rows": rows})
+    logs.write_bytes(output / "semisynthetic.md", semisynthetic.table(found).encode())
+    print(semisynthetic.table(found))
+
+
 if __name__ == "__main__":
-    flags.DEFINE_enum("suite", "phantom", ["phantom", "steps", "latency", "conflict"], "What to measure.")
-    flags.DEFINE_string("output", None, "Folder for the results of the phantom and the conflict suite.")
+    suites = ["phantom", "steps", "latency", "conflict", "semisynthetic"]
+    flags.DEFINE_enum("suite", "phantom", suites, "What to measure.")
+    flags.DEFINE_string("output", None, "Folder for the results, or for the set.")
     flags.DEFINE_integer("seeds", 3, "Trainings of every variant.", lower_bound=1)
     flags.DEFINE_multi_string("ablation", [], "phantom: an ablation to train beside the reference; all by default.")
     flags.DEFINE_bool("quick", False, "The reference alone, one seed.")
     flags.DEFINE_integer("size", 128, "latency: height and width of the slice, a multiple of 16.")
     flags.DEFINE_integer("repeats", 5, "latency: timed calls after the first.")
-    flags.DEFINE_list("workdir", None, "conflict: working folders, a trained EnTrust first.")
-    flags.DEFINE_string("data_dir", None, "conflict: folder of labelled scans; the one trained on if left out.")
-    flags.DEFINE_enum("split", "test", ["test", "all"], "conflict: held-out test cases, or every labelled case.")
+    flags.DEFINE_list("workdir", None, "conflict: working folders, a trained EnTrust first; semisynthetic: one.")
+    flags.DEFINE_string("data_dir", None, "Folder of labelled scans, or of the set; the one trained on if left out.")
+    flags.DEFINE_enum("split", "test", ["test", "all"], "Held-out test cases, or every labelled case.")
     flags.DEFINE_integer("cases", 0, "conflict: so many cases, evenly spaced; 0 means all.", lower_bound=0)
     flags.DEFINE_integer("slices", 2, "conflict: slices of a scan that are changed and looked at.", lower_bound=1)
+    flags.DEFINE_integer("draws", 4, "semisynthetic: cases made of each scan.", lower_bound=1)
+    flags.DEFINE_list("reliability", [], "semisynthetic: one for each modality; from .95 down to .7 if left out.")
     config_flags.DEFINE_config_file("config", "configs/phantom.py", "Config of the suite.", lock_config=True)
     cli.run(main)
