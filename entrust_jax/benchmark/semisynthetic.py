@@ -23,7 +23,7 @@ from entrust_jax.report import output as output_folder
 from entrust_jax.runtime import logs
 
 LAW = "posterior.json"
-SITES = "sites.nii.gz"
+SITES = "sites.npz"  # 1 and 2 where the two sites are, [D, H, W]; no scan, so that nobody takes it for one
 RESAMPLES = statistics.RESAMPLES
 KINDS = ("agree", "conflict")
 RELIABILITY = (0.95, 0.7)  # of the first and the last modality where none is given, the others between
@@ -106,7 +106,7 @@ def write_case(
     # Voxels that count nowhere have no value of their own in every set: they are background here.
     preprocess.write_map(folder / row["label"], values[np.maximum(volume.label, 0)], volume.reference, np.uint8)
     marks = sum((i * site.mask.astype(np.uint8) for i, site in enumerate(sites, 1)), np.zeros((), np.uint8))
-    preprocess.write_map(own / SITES, np.asarray(marks), volume.reference, np.uint8)
+    np.savez_compressed(own / SITES, sites=np.asarray(marks, np.uint8))
     return row
 
 
@@ -209,8 +209,8 @@ def evaluate(
         if volume.name not in law["cases"]:
             raise UserError(f"{folder / LAW}: does not know case {volume.name}; give the folder that the case is from")
         sites = law["cases"][volume.name]
-        _, marks = preprocess.load_scan(folder / volume.name / SITES)
-        beliefs = believed(trained, volume, np.ascontiguousarray(np.moveaxis(marks, 2, 0)), len(sites))
+        with np.load(folder / volume.name / SITES) as file:
+            beliefs = believed(trained, volume, file["sites"], len(sites))
         for site, belief in zip(sites, beliefs, strict=True):
             if site["kind"] in KINDS:
                 rows.append({"case": volume.name, "patient": volume.patient, **site, **belief})

@@ -80,7 +80,8 @@ def draw(one: Candidate, reliability: Sequence[float], seed: int) -> tuple[Volum
     evidence = np.where(right == truth[:, None], 1, -1) * volume.present
     image = volume.image + (evidence[0] < 0).reshape(-1, 1, 1, 1) * (one.hidden - volume.image)
     image = image + (evidence[1] > 0).reshape(-1, 1, 1, 1) * (one.shown - volume.image)
-    known = np.where(truth[0] | (label < 0), label, 0) + np.where(truth[1], one.other, 0)
+    known = np.where(truth[0] | (label < 0), label, 0)
+    known = np.where(truth[1] & (one.other > 0), one.other, known)
     beliefs = posterior(evidence, reliability)
     masks = ((label > 0) & volume.body, one.other > 0)
     made = dataclasses.replace(volume, image=image.astype(np.float32), label=known.astype(np.int32), raters=None)

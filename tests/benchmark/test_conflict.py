@@ -18,6 +18,7 @@ from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.metrics import conflict as maths
+from entrust_jax.metrics import usefulness
 from entrust_jax.runtime import mesh
 
 SHAPE = (1, 48, 40)
@@ -181,6 +182,16 @@ def test_the_exact_figures_of_a_planted_lie(config):
     expected = [2 * p * (1 - p) for p in (apart, apart, together)]
     np.testing.assert_allclose(found["disagreement"], expected, atol=1e-5)
     assert found["blamed"].tolist() == [1, 1]  # the weak reader, whichever of them was turned round
+
+
+@pytest.mark.parametrize("draws", [2, 16])
+def test_the_best_auroc_of_some_draws_is_what_drawing_them_gives(draws):
+    rng = np.random.default_rng(0)
+    shares = [rng.binomial(draws, p, 20_000) / draws for p in (0.89, 0.98)]
+    score = np.concatenate([s * (1 - s) for s in shares])
+    drawn = usefulness.auroc(score, np.arange(len(score)) < 20_000)
+    assert suite.best_auroc(0.89, 0.98, draws) == pytest.approx(drawn, abs=0.01)
+    assert suite.best_auroc(0.9, 0.9, draws) == pytest.approx(0.5)
 
 
 def test_a_phantom_with_one_reader_turned_round_is_the_phantom_drawn_so(config):

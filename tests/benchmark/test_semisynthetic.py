@@ -3,13 +3,17 @@
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from entrust_jax import api
+from entrust_jax.baselines.unet import UNet
 from entrust_jax.benchmark import semisynthetic as suite
 from entrust_jax.data import dataset
 from entrust_jax.data import semisynthetic as law_of
 from entrust_jax.errors import UserError
+from entrust_jax.runtime import mesh
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,7 @@ def test_a_set_can_be_read_as_a_manifest(made, glioma):
     assert {case.name for case in found} == set(law["cases"])
     assert len({case.patient for case in found}) == len(law["cases"]) / 2
     volumes, _ = dataset.read(data, [found[0].name], 0)
-    marks = np.moveaxis(suite.preprocess.load_scan(folder / found[0].name / suite.SITES)[1], 2, 0)
+    marks = np.load(folder / found[0].name / suite.SITES)["sites"]
     assert marks.shape == volumes[0].body.shape
     for number, site in enumerate(law["cases"][found[0].name], 1):
         inside = marks == number
@@ -99,6 +103,34 @@ def test_bayes_is_without_error_and_short_cuts_are_not(monkeypatch):
     assert doubtful["error where they conflict"] == doubtful["error of one half where they conflict"]
     assert doubtful["error where they agree"]["value"] == 0
     assert "| error where they conflict | 0.391" in suite.table(doubtful)
+
+
+def test_a_model_that_knows_the_posterior_is_judged_without_error(made, glioma, monkeypatch):
+    """Sites are found where they are: a model that believes the exact value there, and nothing elsewhere, is right."""
+    folder, law = made
+    data = glioma.data.copy_and_resolve_references()
+    data.layout, data.dir = "manifest", str(folder)
+    volumes, _ = dataset.read(data, list(law["cases"]), 0)
+
+    def examine(trained, volume, probed):
+        marks = np.load(folder / volume.name / suite.SITES)["sites"]
+        p = np.zeros(marks.shape, np.float32)
+        for number, site in enumerate(law["cases"][volume.name], 1):
+            p[marks == number] = site["posterior"]
+        return {"one_step": np.stack([1 - p, p], axis=-1)}
+
+    monkeypatch.setattr(suite.api, "examine", examine)
+    monkeypatch.setattr(suite, "RESAMPLES", 100)
+    model = api.Trained(
+        workdir=folder, name="exact", config=glioma, splits={}, spacing=(), network=UNet(2, (4,), 1), params={},
+        mesh=mesh.data_mesh(jax.devices()[:1]), tau=0.5, rung="identity", calibration={}, meta={},
+    )  # fmt: skip
+    found, rows = suite.evaluate(model, volumes, law, folder)
+    seen = [site for sites in law["cases"].values() for site in sites if site["kind"] != "unseen"]
+    assert len(rows) == len(seen) == sum(found["sites"].values())
+    assert all(row["belief"] == pytest.approx(row["posterior"], abs=1e-5) for row in rows)
+    with pytest.raises(UserError, match="does not know case"):
+        suite.evaluate(model, volumes[:1], law | {"cases": {}}, folder)
 
 
 def test_a_folder_without_the_law_is_a_mistake(tmp_path):
