@@ -681,7 +681,6 @@ def run(
 ) -> dict[str, Any]:
     """Injects, asks, and writes conflict.json, conflict.md and conflict.png into `folder`."""
     first = next(iter(methods))
-    modalities = tuple(methods[first].config.data.modalities)
     calls = observers(methods)
     results: list[Result] = []
     left_out: list[str] = []
@@ -695,8 +694,16 @@ def run(
         print(f"{subject.volume.name}: {len(values)} injections, AUROC {np.nanmean(values):.3f}", flush=True)
     if not results:
         raise UserError("no case has a lesion that can be injected; give a test split with lesions, or --split=all")
-    names = {name: list(results[0].rows[0]["methods"][name]) for name in calls}
-    summary = {**about, "left_out": left_out, **summarise(results, names, modalities)}
+    return write(results, tuple(methods[first].config.data.modalities), folder, {**about, "left_out": left_out})
+
+
+def write(
+    results: Sequence[Result], modalities: Sequence[str], folder: Path, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The files of `run` from what was found in its subjects; the first method is the one that is judged."""
+    names = {name: list(keys) for name, keys in results[0].rows[0]["methods"].items()}
+    first = next(iter(names))
+    summary = {**about, **summarise(results, names, modalities)}
     logs.write_json(folder / "conflict.json", summary | {"rows": flat_rows(results, modalities)})
     logs.write_bytes(folder / "conflict.md", table(summary).encode())
     curves.save(draw(results, summary, first, modalities), folder / "conflict.png")
