@@ -36,6 +36,7 @@ from entrust_jax.trustmap import statistics as spread
 DOSES = (0.5, 1.0)
 POWERS = (0.8, 1.25)  # of the contrasts of test-time augmentation, each mirrored and not
 NEIGHBOURHOOD = 5  # voxels round a region within which uncertainty is correlated with conflict
+RIM = 2  # voxels: where a lesion's outline is, samples disagree about the outline, conflict or not
 OVERLAP = 0.1  # share of a region that may lie in another patient's own one, for his map to be a null
 HEADLINE = "disagreement"  # of EnTrust's hypotheses: what should follow conflict
 MEASURES = {
@@ -44,6 +45,7 @@ MEASURES = {
     "entropy": "entropy of the mean prediction",
     "conflict": "kappa",
 }
+PARTS = ("auroc", "ratio", "inner_auroc", "inner_ratio")  # of the figures, those given for parts of the injections
 AIMS = {"auroc": 0.85, "ratio": 2.0}
 SHOWN = 4  # cases in the picture
 RESAMPLES = statistics.RESAMPLES
@@ -436,15 +438,36 @@ def ratio_figure(top: Float[np.ndarray, " n"], bottom: Float[np.ndarray, " n"]) 
     return statistics.figure(lambda w: statistics.pooled_ratio(both, w), len(both), resamples=RESAMPLES)
 
 
+def inner(region: Bool[np.ndarray, "d h w"]) -> Bool[np.ndarray, "d h w"]:
+    """The region without its rim; the region itself where that leaves nothing."""
+    rest = ~injection.grown(~region, RIM)
+    return rest if rest.any() else region
+
+
+def inside(row: Mapping[str, Any], method: str, measure: str) -> dict[str, float]:
+    """AUROC and means of A and A' away from the rim."""
+    one, all_ = row["maps"][method][measure]
+    region = inner(row["region"])
+    values = np.concatenate([one[region], all_[region]])
+    auroc = usefulness.auroc(values, np.arange(len(values)) < region.sum())
+    return {"auroc": auroc, "one": float(one[region].mean()), "all": float(all_[region].mean())}
+
+
 def figures(results: Sequence[Result], method: str, measure: str) -> dict[str, Any]:
-    """All figures of one measure of one method."""
+    """All figures of one measure of one method; those called inner are taken away from the region's rim."""
 
     def of(key: str) -> Float[np.ndarray, " n"]:
         return by_patient(results, lambda row: row["methods"][method][measure][key])
 
     one, all_, none, other = (of(key) for key in ("one", "all", "none", "unrelated"))
     difference = (one - all_)[np.isfinite(one - all_)]
+    core = {
+        key: by_patient(results, lambda row, key=key: inside(row, method, measure)[key])
+        for key in ("auroc", "one", "all")
+    }
     return {
+        "inner_auroc": mean_figure(core["auroc"]),
+        "inner_ratio": ratio_figure(core["one"], core["all"]),
         "auroc": mean_figure(of("auroc")),
         "ratio": ratio_figure(one, all_),
         "ratio_to_untouched": ratio_figure(one, none),
@@ -501,7 +524,7 @@ def summarise(
     parts = {
         name: {
             "rows": sum(len(result.rows) for result in part),
-            **{key: value for key, value in figures(part, first, HEADLINE).items() if key in ("auroc", "ratio")},
+            **{key: value for key, value in figures(part, first, HEADLINE).items() if key in PARTS},
             "kappa_auroc": mean_figure(
                 by_patient(part, lambda row: row["methods"][first].get("conflict", {}).get("auroc"))
             ),
@@ -554,13 +577,14 @@ def aims(head: Mapping[str, Any], above: Mapping[str, Any], blame: Mapping[str, 
     def low(one: Mapping[str, Any]) -> float:
         return one["ci95"][0] if one.get("ci95") else -math.inf
 
-    auroc, ratio = head["auroc"], head["ratio"]
-    found: dict[str, Any] = {
-        f"AUROC of A against A' at least {AIMS['auroc']:g}": _met(auroc, auroc["value"], AIMS["auroc"]),
-        f"divergence ratio at least {AIMS['ratio']:g}, interval above 1": _met(
-            ratio, ratio["value"] if low(ratio) > 1 else None, AIMS["ratio"]
-        ),
-    }
+    found: dict[str, Any] = {}
+    for where, prefix in (("", ""), (f", {RIM} voxels inside the region", "inner_")):
+        auroc, ratio = head[f"{prefix}auroc"], head[f"{prefix}ratio"]
+        found[f"AUROC of A against A' at least {AIMS['auroc']:g}{where}"] = _met(auroc, auroc["value"], AIMS["auroc"])
+        value = ratio["value"] if low(ratio) > 1 else None
+        found[f"divergence ratio at least {AIMS['ratio']:g}, interval above 1{where}"] = _met(
+            ratio, value, AIMS["ratio"]
+        )
     if above:
         least = min(above.values(), key=lambda one: math.inf if one["value"] is None else one["value"])
         found["AUROC above every baseline's, interval of the least difference above 0"] = _met(least, low(least), 0.0)
@@ -596,9 +620,10 @@ def table(summary: Mapping[str, Any]) -> str:
     lines[2] += "A: a change in one modality; A': the same change in all. Means over patients with 95 % intervals."
     rows = [[name, in_words(one), "yes" if one["met"] else "**no**"] for name, one in summary["aims"].items()]
     lines += _rows(["aim", "value", "met"], rows)
-    head = ["method: measure", "AUROC A against A'", "A over A'", "A over untouched", "A over unrelated texture"]
+    head = ["method: measure", "AUROC A against A'", "A over A'", f"AUROC {RIM} voxels inside", "A over A' there"]
+    head += ["A over untouched", "A over unrelated texture"]
     head += ["AUROC against texture", "Kendall tau of the dose", "p (sign flips)", "null: another patient's map"]
-    keys = ("auroc", "ratio", "ratio_to_untouched", "ratio_to_unrelated", "auroc_to_unrelated", "kendall_tau")
+    keys = (*PARTS, "ratio_to_untouched", "ratio_to_unrelated", "auroc_to_unrelated", "kendall_tau")
     rows = [
         [
             name,
@@ -612,9 +637,10 @@ def table(summary: Mapping[str, Any]) -> str:
     if summary["above_baselines"]:
         rows = [[name, in_words(one)] for name, one in summary["above_baselines"].items()]
         lines += [*_rows(["baseline", "AUROC of EnTrust's disagreement less the baseline's"], rows), ""]
-    head = ["part", "injections", "AUROC A against A'", "A over A'", "AUROC of kappa", "label moved", "blame is right"]
+    head = ["part", "injections", "AUROC A against A'", "A over A'", f"AUROC {RIM} voxels inside", "A over A' there"]
+    head += ["AUROC of kappa", "label moved", "blame is right"]
     rows = [
-        [name, str(one["rows"]), *(in_words(one[k]) for k in ("auroc", "ratio", "kappa_auroc", "label_moved", "blame"))]
+        [name, str(one["rows"]), *(in_words(one[k]) for k in (*PARTS, "kappa_auroc", "label_moved", "blame"))]
         for name, one in summary["parts"].items()
     ]
     lines += [*_rows(head, rows), ""]

@@ -115,6 +115,19 @@ def test_an_observer_that_follows_conflict_reaches_every_aim(summary):
     assert summary["injections"] == 12 * 2 * 2
 
 
+def test_the_rim_is_left_out_of_the_inner_figures(results):
+    """Samples that disagree about the outline alone say nothing away from it."""
+    row = dict(results[0].rows[0])
+    region = row["region"]
+    rim = region & ~suite.inner(region)
+    assert rim.any() and suite.inner(region).any()
+    row["maps"] = {"x": {"u": (np.where(rim, 0.5, 0.1), np.full(SHAPE, 0.1))}}
+    assert suite.inside(row, "x", "u") == {"auroc": 0.5, "one": pytest.approx(0.1), "all": pytest.approx(0.1)}
+    one = np.zeros(SHAPE, bool)
+    one[0, 20, 20] = True
+    np.testing.assert_array_equal(suite.inner(one), one)
+
+
 def test_noise_and_a_constant_score_chance_and_miss_the_aims(results, summary):
     noisy, still = (summary["measures"][f"{name}: disagreement"] for name in ("noise", "constant"))
     assert noisy["auroc"]["value"] == pytest.approx(0.5, abs=0.05) and still["auroc"]["value"] == 0.5
