@@ -26,7 +26,6 @@ APART = 3  # voxels between a healthy place and any lesion
 STRANGE = 9.0  # times the median difference from the mean of the tissue round a lesion: beyond, it is other tissue
 STRIDE = 2  # of the search for a healthy place
 SMALLEST = 12  # voxels of a lesion in the slices looked at, below which nothing is injected
-WINDOWS = 12  # runs of slices that are tried
 GRAIN = 1.5  # voxels, standard deviation of the smoothing of the texture that looks like no lesion
 
 
@@ -235,14 +234,14 @@ def prepared(volume: Volume, slices: int) -> tuple[Volume, list[Injection]]:
 
     of slices has a lesion of SMALLEST voxels and a healthy place for it.
 
-    The run with the largest lesion is taken that has such a place, of the WINDOWS largest.
+    The run with the largest lesion is taken that has such a place.
     """
     if volume.label is None:
         return volume, []
     area = np.sum((volume.label > 0) & volume.body, axis=(1, 2))
     count = min(slices, len(area))
     sums = np.convolve(area, np.ones(count, int), mode="valid")
-    for start in np.argsort(-sums, kind="stable")[:WINDOWS]:
+    for start in np.argsort(-sums, kind="stable"):
         if sums[start] < SMALLEST:
             break
         part = cut(volume, int(start), count)
