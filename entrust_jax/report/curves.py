@@ -254,7 +254,7 @@ def injection_figure(
         low, high = one["ci95"] or (one["value"], one["value"])
         colour = COLOURS[0] if name.startswith(f"{method}: ") else FAINT
         right.plot([low, high], [at, at], color=colour, linewidth=2)
-        right.plot(one["value"], at, "o", color=colour, markersize=4)
+        right.plot(one["value"], at, "o", color=colour, markersize=4, clip_on=False)
     right.axvline(0.5, color=FAINT, linewidth=1, linestyle="--")
     right.axvline(aim, color=COLOURS[2], linewidth=1, linestyle=":")
     right.set_yticks(range(len(bars)), list(bars), fontsize=6.5)

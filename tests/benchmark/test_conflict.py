@@ -1,7 +1,6 @@
 """The conflict suite: observers that are known to be right or wrong score so, and a shrunk run writes its files."""
 
 import json
-import math
 import sys
 import zlib
 from pathlib import Path
@@ -17,7 +16,6 @@ from entrust_jax.data import dataset, injection, phantom
 from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
-from entrust_jax.metrics import conflict as maths
 from entrust_jax.metrics import usefulness
 from entrust_jax.runtime import mesh
 
@@ -166,24 +164,6 @@ def test_without_a_region_there_is_no_result():
     assert not suite.placed(np.zeros(SHAPE, bool), volume.body, volume.body).any()
     region = volume.label > 0
     np.testing.assert_array_equal(suite.placed(region, volume.body, volume.body), region)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_partial_spearman_takes_a_common_cause_away(seed):
-    rng = np.random.default_rng(seed)
-    cause = rng.normal(size=2000)
-    x, y = (cause + 0.5 * rng.normal(size=2000) for _ in range(2))
-    assert maths.partial_spearman(x, y, []) > 0.6
-    assert abs(maths.partial_spearman(x, y, [cause])) < 0.1
-    assert maths.partial_spearman(x, x**3, [cause]) == pytest.approx(1.0)
-    assert math.isnan(maths.partial_spearman(x, np.ones(2000), []))
-    assert math.isnan(maths.partial_spearman(x, y, [x]))
-
-
-def test_kendall_of_a_response():
-    assert maths.kendall((0, 1, 2), (0.1, 0.2, 0.3)) == pytest.approx(1.0)
-    assert maths.kendall((0, 1, 2), (0.3, 0.2, 0.1)) == pytest.approx(-1.0)
-    assert maths.kendall((0, 1, 2), (0.2, 0.2, 0.2)) == 0.0
 
 
 def test_the_exact_figures_of_a_planted_lie(config):
