@@ -8,7 +8,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "entrust_jax"
 COMMANDS = {"train", "evaluate", "predict", "check", "manifest", "cli", "benchmark.__main__"}
 # As commands, without their flags.
-SUITES = {f"benchmark.{name}" for name in ("phantom", "disentanglement", "latency", "compilation", "volume", "trust")}
+SUITES = {
+    f"benchmark.{name}"
+    for name in (
+        *("phantom", "disentanglement", "latency", "compilation", "volume", "trust"),
+        *("conflict", "semisynthetic"),
+    )
+}
 # `api` is what commands and notebooks call: it reads configs, but knows neither flags nor the command line.
 ENTRY_POINTS = COMMANDS | {"api"}
 PARTS = ("enfuse", "segdiff", "trustmap")

@@ -3,7 +3,10 @@ python -m entrust_jax.benchmark --suite=steps
 python -m entrust_jax.benchmark --suite=latency --config=configs/glioma.py
 python -m entrust_jax.benchmark --suite=volume --config=configs/brats.py [--shape=155,240,240 | --workdir=W]
 python -m entrust_jax.benchmark --suite=compile --config=configs/brats.py --output=O
-python -m entrust_jax.benchmark --suite=trust --workdir=W --output=O [--cases=512] [--spoilt=64]
+python -m entrust_jax.benchmark --suite=trust --workdir=W --output=O [--patients=512] [--spoilt=64]
+python -m entrust_jax.benchmark --suite=conflict --workdir=W[,U,...] [--output=O] [--data_dir=D] [--slices=N]
+python -m entrust_jax.benchmark --suite=semisynthetic --config=configs/glioma.py --config.data.dir=D --output=O
+python -m entrust_jax.benchmark --suite=semisynthetic --workdir=W
 
 phantom: trains EnTrust and its ablations on the phantom and holds them against the exact posterior. Finished trainings
 in O/runs are not repeated. --quick: one seed, the reference alone; --ablation: the reference and those named.
@@ -14,9 +17,16 @@ leave to be seen in its test cases.
 compile: memory and FLOPs of a training step on one device and on eight, compiled without data and not run: O/NAME.json.
 trust: whether a trained EnTrust tells spoilt scans, keeps its guarantees over random divisions of its calibration and
 test patients, and predicts its Dice. Writes trust.json and trust.md.
+conflict: whether the uncertainty of a trained EnTrust, W, follows conflict injected into one modality of its test
+cases; the same figures of the U-Nets and ensembles named after it.
+semisynthetic: makes a set of D's scans, in which each modality shows or hides a lesion with known --reliability, to be
+trained on with --config.data.layout=manifest --config.data.dir=O; then judges a model trained on it by the exact
+posterior.
 """
 
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +54,8 @@ def main(argv: Sequence[str]) -> None:
         "volume": volume_suite,
         "compile": compile_suite,
         "trust": trust_suite,
+        "conflict": conflict_suite,
+        "semisynthetic": semisynthetic_suite,
     }
     suites[FLAGS.suite](config)
 
@@ -85,7 +97,7 @@ def volume_suite(config: Any) -> None:
     from entrust_jax.benchmark import volume
 
     if FLAGS.workdir:
-        trained = api.load(FLAGS.workdir)
+        trained = api.load(one_folder())
         cases, _ = api.read_cases(trained)
         found: Any = [volume.seams(trained, one) for one in cases]
     else:
@@ -121,23 +133,93 @@ def trust_suite(config: Any) -> None:
             raise UserError(f"--{name} is missing: --suite=trust --workdir=FOLDER_OF_A_TRAINING --output=FOLDER")
     output = Path(FLAGS.output)
     cli.check_place(output, "--output")
-    command = f"python -m entrust_jax.benchmark --suite=trust --workdir=W --output=O --cases={FLAGS.cases}"
-    trust.run(Path(FLAGS.workdir), output, FLAGS.cases, FLAGS.spoilt, f"{command} --spoilt={FLAGS.spoilt}")
+    command = f"python -m entrust_jax.benchmark --suite=trust --workdir=W --output=O --patients={FLAGS.patients}"
+    trust.run(Path(one_folder()), output, FLAGS.patients, FLAGS.spoilt, f"{command} --spoilt={FLAGS.spoilt}")
     print((output / "trust.md").read_text())
 
 
+def conflict_suite(config: Any) -> None:
+    """Writes conflict.json, conflict.md and conflict.png into --output, by default W/conflict."""
+    del config
+    from entrust_jax import evaluate
+    from entrust_jax.benchmark import conflict
+    from entrust_jax.runtime import logs
+
+    if not FLAGS.workdir:
+        raise UserError("--workdir is missing: name the working folder of a trained EnTrust, --workdir=runs/NAME")
+    output = Path(FLAGS.output) if FLAGS.output else Path(FLAGS.workdir[0]) / "conflict"
+    cli.check_place(output, "--output")
+    methods = evaluate.load_methods([Path(workdir) for workdir in FLAGS.workdir])
+    conflict.check(methods)
+    volumes, _ = evaluate.read_volumes(methods, FLAGS.data_dir, FLAGS.split)
+    first = next(iter(methods))
+    cases = conflict.selected(volumes[first], FLAGS.cases)
+    about = {
+        "command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]]),
+        "code_version": logs.code_version(),
+        "methods": {name: trained.config.method for name, trained in methods.items()},
+        "trained_on": [case.name for case in cases if case.name not in methods[first].splits["test"]],
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    conflict.run(methods, conflict.subjects_of(methods[first], cases, FLAGS.slices), output, about)
+    print((output / "conflict.md").read_text())
+
+
+def semisynthetic_suite(config: Any) -> None:
+    """Makes the set in --output, or judges --workdir and writes semisynthetic.json and .md into --output."""
+    from entrust_jax import api
+    from entrust_jax.benchmark import semisynthetic
+    from entrust_jax.runtime import logs
+
+    if not FLAGS.workdir:
+        if not FLAGS.output:
+            raise UserError("--output is missing: name a folder for the set, or a trained model with --workdir")
+        output = Path(FLAGS.output)
+        cli.check_place(output, "--output")
+        reliability = semisynthetic.reliabilities(FLAGS.reliability, tuple(config.data.modalities))
+        law = semisynthetic.make(config, output, reliability, FLAGS.draws)
+        print(f"wrote {len(law['cases'])} cases to {output}; left out: {', '.join(law['left_out']) or 'none'}")
+        return
+    trained = api.load(one_folder())
+    folder = Path(FLAGS.data_dir or trained.config.data.dir)
+    law = semisynthetic.read_law(folder)
+    output = Path(FLAGS.output) if FLAGS.output else Path(FLAGS.workdir[0]) / "semisynthetic"
+    cli.check_place(output, "--output")
+    volumes, _ = api.read_cases(trained, FLAGS.data_dir, FLAGS.split)
+    found, rows = semisynthetic.evaluate(trained, volumes, law, folder.parent if folder.is_file() else folder)
+    output.mkdir(parents=True, exist_ok=True)
+    about = {"command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]])}
+    about |= {"code_version": logs.code_version(), "reliability": law["reliability"]}
+    logs.write_json(output / "semisynthetic.json", about | found | {"rows": rows})
+    logs.write_bytes(output / "semisynthetic.md", semisynthetic.table(found).encode())
+    print(semisynthetic.table(found))
+
+
+def one_folder() -> str:
+    """The one working folder of a suite that is about one model."""
+    if len(FLAGS.workdir) > 1:
+        raise UserError("--workdir: name one trained model")
+    return FLAGS.workdir[0]
+
+
 if __name__ == "__main__":
-    suites = ["phantom", "steps", "latency", "volume", "compile", "trust"]
-    flags.DEFINE_enum("suite", "phantom", suites, "What to measure.")
-    flags.DEFINE_string("workdir", None, "volume, trust: a finished working folder.")
+    names = ["phantom", "steps", "latency", "volume", "compile", "trust", "conflict", "semisynthetic"]
+    flags.DEFINE_enum("suite", "phantom", names, "What to measure.")
     flags.DEFINE_list("shape", ["155", "240", "240"], "volume: voxels of the scan along D, H, W.")
-    flags.DEFINE_string("output", None, "phantom, compile, trust: folder for the results.")
-    flags.DEFINE_integer("cases", 512, "trust: patients whose guarantees are tried, of a phantom.", lower_bound=1)
+    flags.DEFINE_string("output", None, "Folder for the results, or for the set.")
+    flags.DEFINE_integer("patients", 512, "trust: patients whose guarantees are tried, of a phantom.", lower_bound=1)
     flags.DEFINE_integer("spoilt", 64, "trust: test cases whose scans are spoilt, at most.", lower_bound=1)
     flags.DEFINE_integer("seeds", 3, "Trainings of every variant.", lower_bound=1)
     flags.DEFINE_multi_string("ablation", [], "phantom: an ablation to train beside the reference; all by default.")
     flags.DEFINE_bool("quick", False, "The reference alone, one seed.")
     flags.DEFINE_integer("size", 128, "latency: height and width of the slice, a multiple of 16.")
     flags.DEFINE_integer("repeats", 5, "latency: timed calls after the first.")
+    flags.DEFINE_list("workdir", None, "conflict: working folders, a trained EnTrust first; other suites: one.")
+    flags.DEFINE_string("data_dir", None, "Folder of labelled scans, or of the set; the one trained on if left out.")
+    flags.DEFINE_enum("split", "test", ["test", "all"], "Held-out test cases, or every labelled case.")
+    flags.DEFINE_integer("cases", 0, "conflict: so many cases, evenly spaced; 0 means all.", lower_bound=0)
+    flags.DEFINE_integer("slices", 2, "conflict: slices of a scan that are changed and looked at.", lower_bound=1)
+    flags.DEFINE_integer("draws", 4, "semisynthetic: cases made of each scan.", lower_bound=1)
+    flags.DEFINE_list("reliability", [], "semisynthetic: one for each modality; from .95 down to .7 if left out.")
     config_flags.DEFINE_config_file("config", "configs/phantom.py", "Config of the suite.", lock_config=True)
     cli.run(main)

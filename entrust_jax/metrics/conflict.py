@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer
+from scipy import stats
 
 from entrust_jax.metrics import statistics
 
@@ -149,3 +150,31 @@ def alignment_summary(patients: Sequence[Alignment], *, resamples: int = statist
         "voxels_high": int(sum(one.voxels[0] for one in used)),
         "voxels_low": int(sum(one.voxels[1] for one in used)),
     }
+
+
+def kendall(doses: Sequence[float], values: Sequence[float]) -> float:
+    """Kendall's tau-b of a response to a dose; 0 for one that does not respond at all, NaN for values that are none."""
+    if not np.isfinite(values).all():
+        return float("nan")
+    if np.ptp(values) == 0:
+        return 0.0
+    result: Any = stats.kendalltau(doses, values)
+    return float(result.statistic)
+
+
+def partial_spearman(
+    x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], given: Sequence[Float[np.ndarray, " n"]]
+) -> float:
+    """Rank correlation of x and y given others: the correlation of what is left of their ranks after linear regression
+
+    on the others' ranks (Kendall 1942). NaN where either is constant, or nothing is left of it.
+    """
+    if len(x) < 3 + len(given):
+        return float("nan")
+    ranks = [stats.rankdata(value) - (len(x) + 1) / 2 for value in (x, y, *given)]
+    base = np.stack([np.ones(len(x)), *ranks[2:]], axis=1)
+    left = [own - base @ np.linalg.lstsq(base, own, rcond=None)[0] for own in ranks[:2]]
+    size = [float(np.sqrt(np.mean(rest**2))) for rest in left]
+    if min(size) < 1e-6 * len(x):
+        return float("nan")
+    return float(np.mean(left[0] * left[1]) / (size[0] * size[1]))

@@ -2,13 +2,14 @@
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 # Okabe & Ito: told apart with every common colour vision deficiency.
@@ -187,6 +188,90 @@ def steps_figure(lines: Mapping[str, Mapping[int, float]], accepted: tuple[float
     axis.legend(frameon=False, fontsize=7, loc="lower right")
     _dress(picture, np.array([axis]), "Diversity of hypotheses")
     return picture
+
+
+def injection_figure(
+    shown: Sequence[Mapping[str, Any]],
+    modalities: Sequence[str],
+    doses: Sequence[float],
+    lines: Mapping[str, Float[np.ndarray, "n c"]],
+    bars: Mapping[str, Mapping[str, Any]],
+    aim: float,
+    method: str,
+) -> Figure:
+    """What an injected conflict does, a row each: the modalities, the altered one outlined in colour, kappa, the
+    disagreement of the hypotheses and blame. Below: disagreement inside the region by dose (`lines`: by altered
+    modality, its value at each dose, with the change in all modalities, and beside a texture), and the AUROC of every
+    measure."""
+    rows, columns = len(shown), len(modalities) + 3
+    picture = Figure(figsize=(1.5 * columns, 1.65 * rows + 3.9), dpi=130, layout="constrained")
+    parts: Any = picture.subfigures(2, 1, height_ratios=(1.65 * rows, 3.7))
+    upper, lower = parts
+    axes = upper.subplots(rows, columns, squeeze=False)
+    blame_colours = ListedColormap(COLOURS[: len(modalities)])
+    for row, one in enumerate(shown):
+        outline = _hung(one["region"]).astype(float)
+        altered = int(one["modality"])
+        panels: list[tuple[str, np.ndarray, dict[str, Any]]] = []
+        for m, name in enumerate(modalities):
+            plane = one["image"][m]
+            low, high = np.percentile(plane[plane != 0], (1, 99)) if np.any(plane) else (0, 1)
+            panels.append((name, plane, {"cmap": "gray", "vmin": low, "vmax": high}))
+        panels.append(("kappa", one["conflict"], {"cmap": "magma", "vmin": 0, "vmax": 1}))
+        panels.append(("disagreement", one["disagreement"], {"cmap": "magma", "vmin": 0, "vmax": 0.5}))
+        blame = one.get("blame", np.full(one["region"].shape, -1))
+        panels.append(("blame", np.ma.masked_less(blame, 0), {"cmap": blame_colours, "vmin": -0.5,
+                                                              "vmax": len(modalities) - 0.5}))  # fmt: skip
+        for column, (name, plane, how) in enumerate(panels):
+            axis = axes[row, column]
+            axis.imshow(_hung(plane), interpolation="nearest", **how)
+            own = column == altered
+            edge = COLOURS[altered] if own else ("#FFFFFF" if column in range(len(modalities), columns - 1) else FAINT)
+            axis.contour(outline, [0.5], colors=[edge], linewidths=1.6 if own else 0.6)
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set(color=COLOURS[altered] if own else FAINT, linewidth=2 if own else 0.4)
+            if row == 0:
+                axis.set_title(name, fontsize=8, color=COLOURS[column] if column < len(modalities) else INK)
+        axes[row, 0].set_ylabel(f"{one['kind']}\nin {modalities[altered]}", fontsize=7, color=INK)
+    left, right = lower.subplots(1, 2, width_ratios=(1, 1.1))
+    for m, name in enumerate(modalities):
+        if name not in lines:
+            continue
+        mean = lines[name].mean(axis=0)
+        left.plot(doses, mean[: len(doses)], "o-", color=COLOURS[m], markersize=4, label=f"altered in {name} alone")
+        left.plot(1.13, mean[-1], "x", color=COLOURS[m], markersize=5)
+    every = np.concatenate([one[:, len(doses)] for one in lines.values()])
+    left.plot(1.06, every.mean(), "s", color=INK, markersize=5, label="the same in all modalities")
+    left.plot([], [], "x", color=INK, label="a texture of equal energy")
+    left.set(xlim=(-0.03, 1.2), ylim=(0, None))
+    left.set_xlabel("dose", fontsize=8, color=INK)
+    left.set_ylabel("disagreement in the region, mean", fontsize=8, color=INK)
+    left.legend(frameon=False, fontsize=6.5)
+    for at, (name, one) in enumerate(bars.items()):
+        if one["value"] is None:
+            continue
+        low, high = one["ci95"] or (one["value"], one["value"])
+        colour = COLOURS[0] if name.startswith(f"{method}: ") else FAINT
+        right.plot([low, high], [at, at], color=colour, linewidth=2)
+        right.plot(one["value"], at, "o", color=colour, markersize=4, clip_on=False)
+    right.axvline(0.5, color=FAINT, linewidth=1, linestyle="--")
+    right.axvline(aim, color=COLOURS[2], linewidth=1, linestyle=":")
+    right.set_yticks(range(len(bars)), list(bars), fontsize=6.5)
+    right.set(xlim=(0, 1), ylim=(len(bars) - 0.5, -0.5))
+    right.set_xlabel(f"AUROC, one modality against all (dotted: aim {aim:g})", fontsize=8, color=INK)
+    for axis in (left, right):
+        axis.tick_params(axis="x", labelsize=7, colors=INK)
+        axis.spines[["top", "right"]].set_visible(False)
+    left.tick_params(labelsize=7, colors=INK)
+    lower.suptitle("")
+    picture.suptitle("Conflict injected into one modality (outlined)", fontsize=10, color=INK)
+    return picture
+
+
+def _hung(plane: np.ndarray) -> np.ndarray:
+    """An axial plane [H, W] as a radiologist hangs it: anterior up, the patient's right on the left."""
+    return np.swapaxes(plane, 0, 1)[::-1, ::-1]
 
 
 def save(picture: Figure, path: Path) -> None:

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 
@@ -114,3 +116,21 @@ def test_without_any_mixed_stratum_there_is_no_figure():
     alone = conflict.alignment(np.ones(4), np.ones(4, bool), np.zeros(4, int), permutations=5, seed=0)
     found = conflict.alignment_summary([alone])
     assert found["value"] is None and found["n"] == 0 and found["reason"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_partial_spearman_takes_a_common_cause_away(seed):
+    rng = np.random.default_rng(seed)
+    cause = rng.normal(size=2000)
+    x, y = (cause + 0.5 * rng.normal(size=2000) for _ in range(2))
+    assert conflict.partial_spearman(x, y, []) > 0.6
+    assert abs(conflict.partial_spearman(x, y, [cause])) < 0.1
+    assert conflict.partial_spearman(x, x**3, [cause]) == pytest.approx(1.0)
+    assert math.isnan(conflict.partial_spearman(x, np.ones(2000), []))
+    assert math.isnan(conflict.partial_spearman(x, y, [x]))
+
+
+def test_kendall_of_a_response():
+    assert conflict.kendall((0, 1, 2), (0.1, 0.2, 0.3)) == pytest.approx(1.0)
+    assert conflict.kendall((0, 1, 2), (0.3, 0.2, 0.1)) == pytest.approx(-1.0)
+    assert conflict.kendall((0, 1, 2), (0.2, 0.2, 0.2)) == 0.0

@@ -90,3 +90,27 @@ def test_a_failed_save_leaves_the_old_picture_and_nothing_else(tmp_path, monkeyp
 def test_no_global_figures_are_left():
     curves.reliability_figure({"only": BINS}, "title", {})
     assert not matplotlib._pylab_helpers.Gcf.figs
+
+
+def test_injection_draws_a_row_a_case_and_the_response_to_the_dose():
+    plane = np.random.default_rng(0).random((12, 10))
+    region = np.zeros((12, 10), bool)
+    region[3:6, 4:7] = True
+    case = {"kind": "erase", "modality": 1, "image": np.stack([plane, plane]), "region": region}
+    case |= {"conflict": plane, "disagreement": plane / 2, "blame": np.where(region, 1, -1)}
+    lines = {"B": np.array([[0.1, 0.2, 0.5, 0.3, 0.4], [0.1, 0.4, 0.7, 0.5, 0.6]])}  # A was missing everywhere
+    bars = {
+        "us: u": {"value": 0.8, "ci95": [0.7, 0.9]},
+        "them: u": {"value": None},
+        "them: v": {"value": 0.5, "ci95": None},
+    }
+    picture = curves.injection_figure([case, case], ("A", "B"), (0.0, 0.5, 1.0), lines, bars, 0.85, "us")
+    assert len(picture.axes) == 2 * 5 + 2
+    np.testing.assert_array_equal(picture.axes[1].images[0].get_array(), plane.T[::-1, ::-1])
+    assert picture.axes[0].get_ylabel() == "erase\nin B"
+    left, right = picture.axes[-2:]
+    response = next(line for line in left.lines if line.get_label() == "altered in B alone")
+    np.testing.assert_allclose(response.get_ydata(), [0.1, 0.3, 0.6])
+    control = next(line for line in left.lines if line.get_label() == "the same in all modalities")
+    np.testing.assert_allclose(control.get_ydata(), [0.4])
+    assert [label.get_text() for label in right.get_yticklabels()] == list(bars)

@@ -1,0 +1,147 @@
+"""The semi-synthetic set is written so that a training can read it, and models known to be right or wrong score so."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from entrust_jax import api
+from entrust_jax.baselines.unet import UNet
+from entrust_jax.benchmark import semisynthetic as suite
+from entrust_jax.data import dataset
+from entrust_jax.data import semisynthetic as law_of
+from entrust_jax.errors import UserError
+from entrust_jax.runtime import mesh
+
+
+@pytest.fixture(scope="module")
+def glioma(repository, data_root):
+    sys.path.insert(0, str(repository))
+    from configs import glioma as file
+
+    folder = data_root / "Dataset101_LowerGradeGlioma"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    config = file.get_config().copy_and_resolve_references().unlock()
+    config.data.dir = str(folder)
+    return config
+
+
+@pytest.fixture(scope="module")
+def made(glioma, tmp_path_factory):
+    """(folder, law) of a set of two patients."""
+    folder = tmp_path_factory.mktemp("set") / "semi"
+    cases = dataset.find(glioma.data)[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite.dataset, "find", lambda data: cases)
+        law = suite.make(glioma, folder, (0.95, 0.8, 0.7), 2)
+    return folder, law
+
+
+def test_a_set_can_be_read_as_a_manifest(made, glioma):
+    folder, law = made
+    assert law["cases"] and json.loads((folder / suite.LAW).read_text()) == law
+    data = glioma.data.copy_and_resolve_references()
+    data.layout, data.dir = "manifest", str(folder)
+    found = dataset.find(data)
+    assert {case.name for case in found} == set(law["cases"])
+    assert len({case.patient for case in found}) == len(law["cases"]) / 2
+    volumes, _ = dataset.read(data, [found[0].name], 0)
+    marks = np.load(folder / found[0].name / suite.SITES)["sites"]
+    assert marks.shape == volumes[0].body.shape
+    for number, site in enumerate(law["cases"][found[0].name], 1):
+        inside = marks == number
+        assert inside.any() and np.all((volumes[0].label[inside] > 0) == site["truth"])
+
+
+def test_a_folder_with_other_files_is_left_alone(glioma, tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match="other files"):
+        suite.make(glioma, tmp_path, (0.9, 0.8, 0.7), 1)
+    assert (tmp_path / "mine.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize(("asked", "said"), [(["a"], "a"), ([".9"], "values"), ([".9", "1"], "below 1")])
+def test_reliabilities_of_a_person(asked, said):
+    with pytest.raises(UserError, match=said):
+        suite.reliabilities(asked, ("A", "B"))
+    assert suite.reliabilities([".9", ".6"], ("A", "B")) == (0.9, 0.6)
+    assert suite.reliabilities([], ("A", "B", "C")) == (0.95, 0.825, 0.7)
+
+
+def rows(belief, seed=0, count=240):
+    """Sites drawn from the law of readers .95 and .7, and what a model believes of them."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(count):
+        said = np.where(rng.random(2) < np.array([0.95, 0.7]), 1, -1) * (1 if rng.random() < 0.5 else -1)
+        kind = law_of.kind(said)
+        if kind == "unseen":
+            continue
+        exact = float(law_of.posterior(said, (0.95, 0.7)))
+        found.append(
+            {"patient": f"P{i % 12}", "kind": kind, "evidence": said.tolist(), "posterior": exact,
+             "belief": belief(said, exact), "disagreement": 2 * exact * (1 - exact)}
+        )  # fmt: skip
+    return found
+
+
+LAW = {"reliability": {"A": 0.95, "B": 0.7}}
+
+
+def test_bayes_is_without_error_and_short_cuts_are_not(monkeypatch):
+    monkeypatch.setattr(suite, "RESAMPLES", 100)
+    right = suite.judged(rows(lambda said, exact: exact), LAW)
+    assert right["error where they agree"]["value"] == right["error where they conflict"]["value"] == 0
+    assert right["belief on Bayes' side in conflict"]["value"] == pytest.approx(0.891, abs=1e-3)
+    assert right["belief on Bayes' side in conflict"] == right["its exact value"]
+    assert right["error of the mean of readers where they conflict"]["value"] > 0.2
+    assert right["error of one half where they conflict"]["value"] > 0.35
+    doubtful = suite.judged(rows(lambda said, exact: 0.5 if said.min() < 0 else exact), LAW)
+    assert doubtful["error where they conflict"] == doubtful["error of one half where they conflict"]
+    assert doubtful["error where they agree"]["value"] == 0
+    assert "| error where they conflict | 0.391" in suite.table(doubtful)
+
+
+def test_a_model_that_knows_the_posterior_is_judged_without_error(made, glioma, monkeypatch):
+    """Sites are found where they are: a model that believes the exact value there, and nothing elsewhere, is right."""
+    folder, law = made
+    data = glioma.data.copy_and_resolve_references()
+    data.layout, data.dir = "manifest", str(folder)
+    volumes, _ = dataset.read(data, list(law["cases"]), 0)
+
+    def examine(trained, volume, probed):
+        marks = np.load(folder / volume.name / suite.SITES)["sites"]
+        p = np.zeros(marks.shape, np.float32)
+        for number, site in enumerate(law["cases"][volume.name], 1):
+            p[marks == number] = site["posterior"]
+        return {"one_step": np.stack([1 - p, p], axis=-1)}
+
+    monkeypatch.setattr(suite.api, "examine", examine)
+    monkeypatch.setattr(suite, "RESAMPLES", 100)
+    model = api.Trained(
+        workdir=folder, name="exact", config=glioma, splits={}, spacing=(), network=UNet(2, (4,), 1), params={},
+        mesh=mesh.data_mesh(jax.devices()[:1]), tau=0.5, rung="identity", calibration={}, meta={},
+    )  # fmt: skip
+    found, rows = suite.evaluate(model, volumes, law, folder)
+    seen = [site for sites in law["cases"].values() for site in sites if site["kind"] != "unseen"]
+    assert len(rows) == len(seen) == sum(found["sites"].values())
+    assert all(row["belief"] == pytest.approx(row["posterior"], abs=1e-5) for row in rows)
+    with pytest.raises(UserError, match="does not know case"):
+        suite.evaluate(model, volumes[:1], law | {"cases": {}}, folder)
+
+
+def test_a_folder_without_the_law_is_a_mistake(tmp_path):
+    with pytest.raises(UserError, match=r"has no posterior\.json"):
+        suite.read_law(tmp_path)
+
+
+def test_the_core_of_a_site_is_inside_it():
+    mask = np.zeros((1, 9, 9), bool)
+    mask[0, 2:7, 2:7] = True
+    assert suite.core(mask).sum() == 9
+    thin = np.zeros((1, 9, 9), bool)
+    thin[0, 4] = True
+    np.testing.assert_array_equal(suite.core(thin), thin)
