@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from entrust_jax import inference, windows
+from entrust_jax.baselines.unet import UNet
 from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.model import EnTrust
@@ -135,3 +136,20 @@ def test_an_odd_window_covers_a_scan_smaller_than_itself():
     assert around.scan["body"].shape == (16, 16, 16)
     whole = windows.place(around.scan["image"], around, volume().body.shape, axis=1)
     np.testing.assert_array_equal(whole, volume().image)
+
+
+def test_a_baseline_sees_a_volume_through_the_same_windows():
+    """Members' probabilities joined; what no window sees is background."""
+    network = UNet(K, widths=(4, 8), strides=((2, 2, 2), (2, 2, 2)))
+    batch = windows.batch_of(windows.frame(volume(), WINDOW, UNIT), np.zeros((1, 3), int))
+    arrays = (batch["image"], batch["present"], batch["body"])
+    shapes = jax.eval_shape(network.init, KEY, *arrays)
+    rng = np.random.default_rng(1)
+    stacked = jax.tree.map(lambda leaf: (0.4 * rng.normal(size=(2, *leaf.shape))).astype(np.float32), shapes)
+    found = windows.examine_unet(
+        stacked, volume(), model=network, mesh=data_mesh(jax.devices()[:1]), window=WINDOW, unit=UNIT, tau=0.3
+    )
+    body = volume().body
+    np.testing.assert_allclose(found["mean"].sum(-1), 1, atol=1e-5)
+    assert np.all(found["mean"][~body, 0] > 0.999) and found["hypotheses"].shape == (2, *body.shape)
+    assert np.mean(found["divergence"][body]) > 1e-4 and len(np.unique(found["label"])) > 1
