@@ -160,7 +160,7 @@ def probe(params: Any, batch: dict[str, Array], label: Array, key: Array, *, mod
     return split(params, batch, label, key)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)  # a program holds memory; scans of one set come to few lattices
 def program(
     model: Any, sampler: Sampler, mesh: Mesh, window: Size, lattice: Size, windows: int, shapes: Any
 ) -> jax.stages.Compiled:

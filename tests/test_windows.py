@@ -153,3 +153,14 @@ def test_a_baseline_sees_a_volume_through_the_same_windows():
     np.testing.assert_allclose(found["mean"].sum(-1), 1, atol=1e-5)
     assert np.all(found["mean"][~body, 0] > 0.999) and found["hypotheses"].shape == (2, *body.shape)
     assert np.mean(found["divergence"][body]) > 1e-4 and len(np.unique(found["label"])) > 1
+
+
+def test_memory_is_said_beforehand_and_hardly_grows_with_hypotheses(raw):
+    """Of one more hypothesis its labels stay: a byte a voxel, on the lattice and in the scan."""
+    options = {"model": MODEL, "sampler": SAMPLER, "mesh": data_mesh(jax.devices()[:1]), "window": WINDOW, "unit": UNIT}
+    few, many = (windows.memory(params(), volume(), hypotheses=n, **options) for n in (4, 16))
+    lattice = windows.frame(volume(), WINDOW, UNIT).scan["body"].size
+    assert many["bytes"] - few["bytes"] == 12 * (lattice + volume().body.size)
+    kept = sum(value.nbytes for value in raw.values() if isinstance(value, np.ndarray))
+    assert few["bytes"] > kept
+    assert windows.in_words(few).startswith(f"{few['windows']} windows of 4 x 8 x 8 voxels, 4 hypotheses: about ")

@@ -14,6 +14,7 @@ import numpy as np
 
 from entrust_jax import api, inference, model, windows
 from entrust_jax.baselines import unet
+from entrust_jax.data import resampling
 from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
@@ -96,6 +97,7 @@ def seams(trained: api.Trained, volume: Volume) -> dict[str, Any]:
     if isinstance(network, unet.UNet):
         raise UserError(f"{trained.workdir}: holds a U-Net; seams are those of EnTrust's hypotheses")
     static = {"model": network, "sampler": inference.sampler_of(config), "mesh": trained.mesh}
+    volume = resampling.at_spacing(volume, trained.spacing)
     key, extent = jax.random.key(config.seed), api.extent(config)
     around = windows.frame(volume, **extent)
     at, _, maps = windows.first_look(trained.params, around, key, **static)
