@@ -260,15 +260,22 @@ def memory(
 ) -> dict[str, Any]:
     """How much memory examining a scan takes at most, beside the parameters, in bytes (ours).
 
-    What the compiler reserves for a hypothesis on every device, and this process's own maps: on the lattice of windows
-    and, at the end, in the scan. All windows that touch the body are taken to be sampled.
+    The most that the compiler reserves on all devices for one of the three programs (a look at windows, a hypothesis,
+    the probes of windows), and this process's own maps: on the lattice of windows and, at the end, in the scan. All
+    windows that touch the body are taken to be sampled.
     """
-    around = frame(volume, window, unit)
-    count = len(lattices.origins(around.scan["body"], window, unit))
-    call, room = program_for(params, around, count, jax.random.key(0), model=model, sampler=sampler, mesh=mesh)
-    found: Any = call.memory_analysis()
-    reserved = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    device = mesh.size * (reserved - found.alias_size_in_bytes)
+    around, static = frame(volume, window, unit), {"model": model, "sampler": sampler, "mesh": mesh}
+    at, key = lattices.origins(around.scan["body"], window, unit), jax.random.key(0)
+    count = len(at)
+    call, room = program_for(params, around, count, key, **static)
+    group = next(_groups(at, mesh.size))[0]
+    batch, label = batch_of(around, group), np.zeros((len(group), *window), np.int32)
+    programs = (
+        call,
+        look.lower(params, batch, key, **static).compile(),
+        probe.lower(params, batch, label, key, **static).compile(),
+    )
+    device = mesh.size * max(_reserved(one) for one in programs)
     m, k = model.modalities, model.classes
     floats = 2 * k + 2 * m * k + m * (m - 1) // 2 + 2 * m + 10  # of the maps that `examine` returns, a voxel
     probes = m * k + 2 * m + 2  # while they are joined, beside the maps
@@ -281,6 +288,13 @@ def memory(
         "window": tuple(window),
         "hypotheses": hypotheses,
     }
+
+
+def _reserved(program: jax.stages.Compiled) -> int:
+    """Bytes on one device while a program runs."""
+    found: Any = program.memory_analysis()
+    reserved = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    return reserved - found.alias_size_in_bytes
 
 
 def in_words(estimate: dict[str, Any]) -> str:
