@@ -156,7 +156,8 @@ def folder(monkeypatch, tmp_path):
     monkeypatch.setattr(trust.api, "read_cases", lambda trained, split="test": (cases[split], []))
     return api.Trained(
         workdir=tmp_path, name="unit", config=config, splits={}, spacing=(), params=None, tau=0.5, rung="identity",
-        network=EnTrust(2, 2, widths=(4, 8), d_c=4, d_u=4, factor=2, head_dropout=0.2, b=0.2), calibration={}, meta={},
+        network=EnTrust(2, 2, widths=(4, 8), d_c=4, d_u=4, strides=((2, 2), (2, 2)), head_dropout=0.2, b=0.2),
+        calibration={}, meta={},
         mesh=data_mesh(jax.devices()[:1]), usual=({}, {"note": ""}),
     )  # fmt: skip
 
