@@ -5,9 +5,10 @@
     python -m entrust_jax.train --config=configs/brats.py:slices --config.data.dir=FOLDER    (2-D, smaller machines)
     python -m entrust_jax.train --config=configs/brats.py:demo                       (built-in phantom, two CPU cores)
 
-Volumes: patches of PATCH, four scales of 32 to 256 channels, activations in bfloat16, blocks computed again for the
-gradient. The batch is that of one device of 80 GB; on eight: --config.train.batch=16. What a step of each stage takes,
-compiled and not run, is in docs/evidence/compile: `python -m entrust_jax.benchmark --suite=compile`.
+Volumes: patches of 128 x 128 x 128 voxels, four scales of 32 to 256 channels, activations in bfloat16, blocks computed
+again for the gradient. The batch is meant for one device of 80 GB, which was not tried: take 1, or patches of 96, where
+it does not fit; on eight devices --config.train.batch=16. `python -m entrust_jax.benchmark --suite=compile` says what a
+step of each stage takes by the compiler.
 
 Time: the demo about 6 minutes on two CPU cores, compilation included; the other settings were not run here. Scores: the
 demo prints its validation Dice; those of the others are not known.
