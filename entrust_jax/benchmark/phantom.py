@@ -135,7 +135,7 @@ def observe(model: api.Trained, volumes: list[Volume], hypotheses: int) -> Obser
         label = np.concatenate([case.dice_bayes(mean[None], own[:, None])[0] for mean, own in both])
         probes = inference.probe(model.params, evidence, piece, label.astype(np.int32), key, **static)
         raw = {name: np.asarray(value) for name, value in {**maps, **drawn, **probes}.items()}
-        raw |= {"label": label}
+        raw |= {"label": label, "border": inference.border(label, volumes[0].spacing, volumetric=False)}
         for name in inference.STACKED:
             raw[name] = np.moveaxis(raw[name], 1, 0)
         _, probability, error = inference.calibrated(raw, volumes[0].present, model.rung, model.calibration)
