@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> Any:
     config.data.augmentation.update(affine=0.3, shift=0.5, gamma=0.3, bias=0.2, ghosting=0.1, noise=0.1)
     config.train.update(enfuse_steps=250, segdiff_steps=600)
     if arg == "volumes":
-        # Slices of 3.3 mm: the planned strides leave them whole where the plane is folded. Steps: the seconds of 2-D.
+        # Slices of 3.3 mm: the planned strides leave them whole where the plane is folded.
         config.data.patch = (16, 96, 96)
         config.model.update(widths=(8, 16, 24, 32), d_c=8, d_u=4)
         config.unet.widths = (8, 16, 24, 32)

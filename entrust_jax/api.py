@@ -342,7 +342,7 @@ def predict_volume(trained: Trained, volume: Volume) -> dict[str, Any]:
 
 
 def memory_in_words(trained: Trained, volume: Volume) -> str | None:
-    """How much memory a case will take, for people; None for slices and U-Nets, which take little."""
+    """About how much memory a case will take, for people; None for slices, which take little, and for U-Nets."""
     network = trained.network
     if not volumetric(trained.config) or isinstance(network, unet.UNet):
         return None

@@ -177,7 +177,7 @@ def score_all(
 ) -> dict[str, list[summary.Scores]]:
     """Scores of every method on every case. Cases outside, methods inside: the region of interest needs
     every method's prediction of a case, and no more than one case is held. A size that is met for the first time
-    is predicted twice: seconds per case are those of a compiled program."""
+    is predicted twice: seconds per case are those of a compiled program; in 3-D they hold the compiling."""
     met: set[tuple[str, tuple[int, ...]]] = set()
     scores: dict[str, list[summary.Scores]] = {name: [] for name in methods}
     count = len(next(iter(volumes.values())))

@@ -106,11 +106,13 @@ def planned(config: Any, workdir: Path) -> Any:
         return config
     check_values(config)
     own = config.copy_and_resolve_references()
+    scales = len(config.model.widths if config.method == "entrust" else config.unet.widths)
     if (workdir / "config.json").exists():
         begun: Any = api.read_config(workdir)
         strides = begun.model.strides
+        if len(strides) != scales:  # another network: `check` says so
+            return config
     else:
-        scales = len(config.model.widths if config.method == "entrust" else config.unet.widths)
         strides = dataset.plan_strides(config.data, scales, config.model.space_to_depth)
         words = ", ".join("x".join(map(str, factors)) for factors in strides)
         print(f"planned strides along D x H x W, from the spacing, a scale after the other: {words}")
@@ -127,7 +129,8 @@ def check(workdir: Path, config: Any) -> None:
         raise UserError(f"config.method is {config.method!r}; set it to one of {', '.join(NETWORK_STAGES)}")
     check_values(config)
     data, side = config.data, api.coarsest(config)
-    if any(size % unit for size, unit in zip(data.patch, side, strict=True)):
+    unplanned = api.volumetric(config) and not config.model.strides  # whatever they will be, they divide the patch
+    if not unplanned and any(size % unit for size, unit in zip(data.patch, side, strict=True)):
         words = " x ".join(map(str, side))
         raise UserError(f"config.data.patch is {tuple(data.patch)}; give multiples of {words}, for the coarsest scale")
     if data.reference not in data.modalities:

@@ -258,7 +258,7 @@ def memory(
     window: Size,
     unit: Size,
 ) -> dict[str, Any]:
-    """How much memory examining a scan takes at most, beside the parameters, in bytes (ours).
+    """About how much memory examining a scan takes, beside the parameters, in bytes (ours); what follows is not in it.
 
     The most that the compiler reserves on all devices for one of the three programs (a look at windows, a hypothesis,
     the probes of windows), and this process's own maps: on the lattice of windows and, at the end, in the scan. All
@@ -324,7 +324,8 @@ def first_look(
     maps, _ = join(around, parts())
     # Windows reach beyond the box, and between them there may be air: background, as in every window.
     air = maps["one_step"].sum(axis=-1) == 0
-    maps["one_step"][air, 0] = 1
+    for name in ("one_step", "unimodal"):
+        maps[name][..., air, 0] = 1
     return at, conditions, maps
 
 
@@ -424,10 +425,11 @@ def examine(
         for name, value in inference.unprobed(label, model.modalities).items()
     }
     if probed and len(chosen):
+        whole = label.astype(np.int32)
 
         def asked() -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
             for group, real in _groups(chosen, mesh.size):
-                batch, delivered = batch_of(around, group), cut(around, group, label.astype(np.int32))
+                batch, delivered = batch_of(around, group), cut(around, group, whole)
                 found = jax.tree.map(np.asarray, probe(params, batch, delivered, key, **static))
                 for i, origin in enumerate(real):
                     yield origin, {name: value[i] for name, value in found.items()}

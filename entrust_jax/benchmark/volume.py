@@ -19,6 +19,7 @@ from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.runtime import mesh
+from entrust_jax.segdiff import volume as lattices
 
 GIGABYTE = 2**30
 
@@ -70,7 +71,8 @@ def measure(config: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
         "modalities": len(config.data.modalities),
         "classes": len(config.data.classes),
         "widths": list(config.model.widths),
-        "space_to_depth": config.model.space_to_depth,
+        "strides": [list(factors) for factors in network.strides],
+        "compute": config.model.compute,
         "hypotheses": config.diffusion.hypotheses,
         "steps": config.diffusion.steps,
         "device": f"{devices.size} x {jax.devices()[0].device_kind}",
@@ -85,29 +87,16 @@ def measure(config: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
 
 
 def seams(trained: api.Trained, volume: Volume) -> dict[str, Any]:
-    """How windows show in one scan: their joined estimate beside that of the whole scan as one window, and labels that
+    """How windows show in one scan: labels that change across seams beside those that change elsewhere.
 
-    change across seams beside those that change elsewhere (METHOD: at most 1.2 times).
-
-    difference: of the one-step probability, mean and 99.9th percentile over the body, more than an eighth of a window
-    from the ends of the lattice. ratio: share of neighbours of different labels across the planes where some window
-    ends over that across all other planes, in the body, over all hypotheses.
+    ratio: share of neighbours of different labels across the planes where some window begins or ends over that across
+    all other planes, in the body, over all hypotheses (aim: at most 1.2).
     """
-    config, network = trained.config, trained.network
-    if isinstance(network, unet.UNet):
+    if isinstance(trained.network, unet.UNet):
         raise UserError(f"{trained.workdir}: holds a U-Net; seams are those of EnTrust's hypotheses")
-    static = {"model": network, "sampler": inference.sampler_of(config), "mesh": trained.mesh}
     volume = resampling.at_spacing(volume, trained.spacing)
-    key, extent = jax.random.key(config.seed), api.extent(config)
-    around = windows.frame(volume, **extent)
-    at, _, maps = windows.first_look(trained.params, around, key, **static)
-    lattice = around.scan["body"].shape
-    whole = around._replace(window=lattice)
-    _, _, alone = windows.first_look(trained.params, whole, key, **static)
-    inner = np.zeros(lattice, bool)
-    inner[tuple(slice(w // 8, n - w // 8) for n, w in zip(lattice, around.window, strict=True))] = True
-    apart = np.abs(maps["one_step"] - alone["one_step"]).max(axis=-1)[inner & around.scan["body"]]
-
+    around = windows.frame(volume, **api.extent(trained.config))
+    at = lattices.origins(around.scan["body"], around.window, around.unit)
     raw = api.examine(trained, volume, probed=False)
     labels = raw["hypotheses"]
     across, elsewhere = np.zeros(2), np.zeros(2)
@@ -125,9 +114,6 @@ def seams(trained: api.Trained, volume: Volume) -> dict[str, Any]:
     return {
         "case": volume.name,
         "windows": len(at),
-        "difference_mean": float(apart.mean()),
-        "difference_999": float(np.percentile(apart, 99.9)),
-        "within_1e-2": float(np.mean(apart <= 1e-2)),
         "flips_across_seams": rates[0],
         "flips_elsewhere": rates[1],
         "ratio": rates[0] / rates[1] if rates[1] else None,
