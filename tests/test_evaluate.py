@@ -409,7 +409,13 @@ def test_mistakes_are_explained():
 def test_flow_with_a_made_up_model(tmp_path, monkeypatch, capsys):
     cases = [volume(1), volume(0)]
     unlabelled = dataclasses.replace(volume(2), label=None)
-    data = {"classes": TARGETS.classes, "regions": dict(TARGETS.regions), "dir": "D", "modalities": ("A", "B")}
+    data = {
+        "classes": TARGETS.classes,
+        "regions": dict(TARGETS.regions),
+        "dir": "D",
+        "modalities": ("A", "B"),
+        "patch": (8, 8),
+    }
     config = types.SimpleNamespace(data=types.SimpleNamespace(**data, get=data.get))
 
     def load(workdir):
