@@ -36,7 +36,7 @@ ADDED = {
         "names": {},
         "augmentation": {"affine": 0.0, "shift": 0.0, "gamma": 0.0, "bias": 0.0, "ghosting": 0.0, "noise": 0.0},
     },
-    "model": {"strides": (), "compute": "float32", "remat": False},
+    "model": {"strides": [], "compute": "float32", "remat": False},
     "trust": {"fnr": 0.1, "fdr": 0.1, "coverage": 0.9},
 }
 

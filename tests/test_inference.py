@@ -161,7 +161,8 @@ def test_a_missing_modality_leaves_everything_finite(raw, missing):
 def finish(found, case, scan=None):
     return inference.finish(
         found, case, scan=scan or case, chosen="identity", params={}, modalities=("A", "B"),
-        classes=("background", "core", "rim"), regions={"all": (1, 2), "core": (1,)}, started=time.perf_counter(),
+        classes=("background", "core", "rim"), regions={"all": (1, 2), "core": (1,)},
+        volumetric=False, started=time.perf_counter(),
     )  # fmt: skip
 
 
@@ -233,7 +234,7 @@ def test_a_model_of_one_modality_has_no_conflict_and_gives_all_credit_to_it():
     assert found["attribution"].shape == (1, *case.body.shape) and np.abs(found["attribution"]).max() > 0
     done = inference.finish(
         found, case, chosen="identity", params={}, modalities=("CT",), classes=("background", "core", "rim"),
-        regions={"all": (1, 2)}, started=time.perf_counter(), scan=case,
+        regions={"all": (1, 2)}, volumetric=False, started=time.perf_counter(), scan=case,
     )  # fmt: skip
     assert all(np.isfinite(done[name]).all() for name in ("probability", "error_probability"))
     assert not np.isin(done["cause"], [1, 2]).any()  # neither a missing input nor a conflict

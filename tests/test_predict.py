@@ -118,6 +118,7 @@ def trained(monkeypatch):
     api.load = lambda workdir: types.SimpleNamespace(config=config, splits={}, workdir=workdir)
     api.predict_volume = predict_volume
     api.compare_volume = lambda trained, volume: None  # as for every method but EnTrust
+    api.memory_in_words = lambda trained, volume: None  # as for slices
     monkeypatch.setitem(sys.modules, "entrust_jax.api", api)
     monkeypatch.setattr(entrust_jax, "api", api, raising=False)
 
@@ -318,9 +319,11 @@ def label_of(files: dict[str, Path], output: Path, spacing: tuple[float, ...]) -
     p = np.stack([1 - p, p], axis=-1).astype(np.float32)
     raw = {"one_step": p, "mean": p, "label": (p[..., 1] > 0.5).astype(np.uint8), "action": 0.5}
     raw |= {"entropy": np.zeros(p.shape[:-1], np.float32), "predicted_dice": 0.9}
+    raw["border"] = inference.border(raw["label"], seen.spacing, volumetric=False)
     prediction = inference.finish(
         raw, seen, scan=volume, chosen="identity", params={}, modalities=("T1", "FLAIR"),
-        classes=("background", "lesion"), regions={"lesion": (1,)}, started=time.perf_counter(),
+        classes=("background", "lesion"), regions={"lesion": (1,)}, volumetric=False,
+        started=time.perf_counter(),
     )  # fmt: skip
     with mock.patch.object(report.figures, "overview", lambda path, *_, **__: path.write_bytes(b"PNG")):
         report.write_prediction(

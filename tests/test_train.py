@@ -476,6 +476,7 @@ def test_each_rater_calibrates_with_his_share():
     p = np.full((d, h, w, 2), 0.5, np.float32)
     raw = dict.fromkeys(("entropy", "divergence", "within", "disagreement", "gap"), zero)
     raw |= {"one_step": p, "mean": p, "label": labels[0].astype(np.uint8), "kept": np.array([0, 2])}
+    raw["border"] = calibration.signed_distance(raw["label"])
     raw = {name: value if name == "kept" else value[[0, 2]] for name, value in raw.items()}
     raw["slice_weight"] = np.array([1.5, 1.5], np.float32)
     plain = preprocess.Volume(

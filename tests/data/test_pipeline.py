@@ -271,7 +271,7 @@ def test_patches_stay_with_the_body():
 def test_errors_for_people(volumes):
     with pytest.raises(UserError, match="d: has no label"):
         make([*volumes, volume("d", label=False)])
-    with pytest.raises(UserError, match="no training slice"):
+    with pytest.raises(UserError, match="no training scan"):
         make([])
     with pytest.raises(UserError, match="foreground_share is 1"):
         make(volumes, foreground_share=1.0)
