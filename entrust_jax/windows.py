@@ -153,6 +153,7 @@ def probe(params: Any, batch: dict[str, Array], label: Array, key: Array, *, mod
     """The probes of windows, encoded again: their evidence, all modalities of it, is too large to be kept."""
 
     def local(params, batch, label, key):
+        # Of the look only the evidence is used: XLA leaves its one-step prediction out.
         evidence, _, _ = inference.look_at(params, batch, key, model=model, sampler=sampler)
         return inference.probe_at(params, evidence, batch, label, key, model=model, sampler=sampler)
 
@@ -267,7 +268,7 @@ def memory(
     around, static = frame(volume, window, unit), {"model": model, "sampler": sampler, "mesh": mesh}
     at, key = lattices.origins(around.scan["body"], window, unit), jax.random.key(0)
     count = len(at)
-    call, room = program_for(params, around, count, key, **static)
+    call, _ = program_for(params, around, count, key, **static)
     group = next(_groups(at, mesh.size))[0]
     batch, label = batch_of(around, group), np.zeros((len(group), *window), np.int32)
     programs = (
@@ -284,7 +285,6 @@ def memory(
     return {
         "bytes": int(device + host),
         "windows": count,
-        "room": room,
         "window": tuple(window),
         "hypotheses": hypotheses,
     }

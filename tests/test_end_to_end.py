@@ -621,4 +621,4 @@ def test_volumes_from_training_to_their_maps(command, tmp_path):
 
     command("evaluate", f"--workdir={workdir}")
     found = json.loads((workdir / "evaluation" / "summary.json").read_text())
-    assert found["interslice_dice"]["n"] <= 2 and found["seconds_per_case"]["n"] == 2
+    assert found["seconds_per_case"]["n"] == 2 and "interslice_dice" in found

@@ -107,7 +107,7 @@ def test_statistics_are_those_of_the_labels_they_came_from(raw):
 def test_more_devices_and_more_hypotheses_change_none_of_the_first(raw):
     """Two devices draw hypotheses side by side; three of them leave one draw to no use."""
     both = examine(2)
-    for name in ("one_step", "mean", "conflict", "attribution"):
+    for name in ("one_step", "mean", "within", "divergence", "conflict", "attribution"):
         np.testing.assert_allclose(both[name], raw[name], atol=2e-3, err_msg=name)
     assert np.mean(both["hypotheses"] != raw["hypotheses"]) < 2e-3
     more = examine(2, hypotheses=5, probed=False)
@@ -131,11 +131,13 @@ def test_windows_without_foreground_are_not_sampled(monkeypatch):
     np.testing.assert_array_equal(quiet["mean"], quiet["one_step"])
 
 
-def test_an_odd_window_covers_a_scan_smaller_than_itself():
+def test_a_scan_smaller_than_a_window_comes_back_to_its_place():
     around = windows.frame(volume(), (16, 16, 16), UNIT)
     assert around.scan["body"].shape == (16, 16, 16)
-    whole = windows.place(around.scan["image"], around, volume().body.shape, axis=1)
-    np.testing.assert_array_equal(whole, volume().image)
+    whole = windows.place(around.scan["image"], around, volume().body.shape, axis=1, fill=7)
+    box = np.zeros(volume().body.shape, bool)
+    box[1:8, 2:13, 1:12] = True
+    np.testing.assert_array_equal(whole, np.where(box, volume().image, 7))
 
 
 def test_a_baseline_sees_a_volume_through_the_same_windows():
