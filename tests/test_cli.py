@@ -53,7 +53,7 @@ def get_config(arg=""):
         raise AttributeError("a bug in the config")
     if arg:
         raise UserError(f"config.py:{arg}: no such variant; there is none")
-    return ConfigDict({"name": "x", "data": {"modalities": ("A",), "patch": 4}, "rate": 0.1})
+    return ConfigDict({"name": "x", "data": {"modalities": ("A",), "names": {}, "patch": 4}, "rate": 0.1})
 """
 
 
@@ -87,6 +87,10 @@ def call(tmp_path_factory, repository):
         (["--out=o", "--config=config.py", "--config.data.patchh=1"], ["data.patchh", '"patch"']),
         (["--out=o", "--config=config.py", "--config.rate=2", "--config.data.patchh=1"], ["data.patchh: ", '"patch"']),
         (["--out=o", "--config=config.py", "--config.data.patch=many"], ["data.patch", "many"]),
+        (
+            ["--out=o", "--config=config.py", "--config.data.names.A=x"],
+            ["data.names.A: no key A here", "copy of that file"],
+        ),
         (["--out=o", "--config=config.py:odd"], ["config.py:odd", "no such variant"]),
     ],
 )
@@ -110,7 +114,7 @@ def test_a_bug_keeps_its_traceback(call, arguments):
 def test_overrides_and_positional_arguments_reach_main(call):
     done = call("--out=o", "--config=config.py", "--config.data.patch=8", "--config.rate=1e-3", "T1=a.nii.gz")
     assert done.returncode == 0, done.stderr
-    value = '[["T1=a.nii.gz"], {"data": {"modalities": ["A"], "patch": 8}, "name": "x", "rate": 0.001}]'
+    value = '[["T1=a.nii.gz"], {"data": {"modalities": ["A"], "names": {}, "patch": 8}, "name": "x", "rate": 0.001}]'
     assert done.stdout.strip() == value
     assert done.stderr == ""
 

@@ -27,7 +27,11 @@ from entrust_jax.data.nnunet import nnunet_cases
 from entrust_jax.errors import UserError
 
 NO_NAMES: Mapping[str, Any] = MappingProxyType({})
-BRATS_LABELS = ("seg", "segm")  # BraTS 2020 has one case whose label is W39_1998.09.19_Segm.nii.gz
+# BraTS 2020 has one case whose label is W39_1998.09.19_Segm.nii.gz; MEN-RT's are gross tumour volumes.
+BRATS_LABELS = ("seg", "segm", "gtv")
+# The number of a patient and that of one of his sessions: BraTS-GLI-00002-000, BraTS-MEN-RT-0001-1.
+BRATS_SESSION = re.compile(r"(BraTS-.+-\d+)-\d{1,3}", re.IGNORECASE)
+SESSION = re.compile(r"(.+-\d+)-\d{3}")  # of other folders whose files are named like those of 2023
 
 
 def kinds_of(known: Names) -> frozenset[str]:
@@ -49,9 +53,8 @@ def brats_case(folder: Path, known: Names, *, labelled: bool = True) -> tuple[Ca
         _, separator, kind = split_name(path.name[: -len(ending)], kinds)
         dashed |= separator == "-"
         files.setdefault(kind, []).append(path)
-    # BraTS 2023 names end in a time point, BraTS-GLI-00002-000: several sessions of one patient.
-    head, _, last = name.rpartition("-")
-    patient = head if dashed and head and last.isdigit() and len(last) == 3 else name
+    session = BRATS_SESSION.fullmatch(name) or (SESSION.fullmatch(name) if dashed else None)
+    patient = session[1] if session else name
     labels = [path for kind in BRATS_LABELS if kind not in kinds for path in files.get(kind, [])]
     return case_of(name, patient, images_of(files, known), labels if labelled else [])
 

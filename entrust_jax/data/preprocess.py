@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gzip
 import itertools
+import math
 import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int32
 from nibabel import orientations
 from nibabel.affines import voxel_sizes
+from nibabel.arrayproxy import is_proxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.spatialimages import HeaderDataError
@@ -141,13 +143,10 @@ def load_scan(path: Path) -> tuple[Grid, np.ndarray]:
     holds NaN.
     """
     try:
-        if path.suffix.lower() == ".gz":
-            # nibabel stops before the checksum, so a damaged file would pass with wrong values.
-            with gzip.open(path) as stream:
-                while stream.read(1 << 22):
-                    pass
+        held = _held(path)
         with LoggingOutputSuppressor():  # its own lines about a bad header would stand before ours
             image = open_scan(path)
+            _check_header(path, image, held)
             values = np.asanyarray(image.dataobj)
     except UserError:
         raise
@@ -158,28 +157,60 @@ def load_scan(path: Path) -> tuple[Grid, np.ndarray]:
             raise dicom_mistake(path) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: unreadable or truncated ({reason}); copy or download the file again") from None
-    if values.dtype.kind not in "buif":
-        raise UserError(f"{path}: holds {values.dtype}, not one number per voxel; convert it to a scalar scan")
-    if 0 in values.shape:
-        raise UserError(f"{path}: has an empty axis (shape {values.shape}); export the scan again")
-    if values.ndim > 3 and all(size == 1 for size in values.shape[3:]):
-        values = values.reshape(values.shape[:3])
-    if values.ndim != 3:
-        raise UserError(f"{path}: has shape {values.shape}, expected one 3-D scan; split it into 3-D files")
-    affine = image.affine
-    if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise UserError(
-            f"{path}: its affine is singular or not finite, so its place in space is unknown;"
-            " mend the header or export the scan again"
-        )
+    values, affine = values.reshape(values.shape[:3]), image.affine
+    orientation = _orientation(path, affine)
     if values.dtype.kind == "f":
         if not np.isfinite(values).all():
             raise UserError(f"{path}: contains NaN or infinite values; replace them or export the scan again")
         values = values.astype(np.float32)
-    orientation = orientations.io_orientation(affine)
     affine = affine @ orientations.inv_ornt_aff(orientation, values.shape)
     values = orientations.apply_orientation(values, orientation)
     return Grid(path, values.shape, affine), values
+
+
+def _held(path: Path) -> int:
+    """Bytes that a file holds, unpacked. A packed one is read to its end, for nibabel stops before the checksum: a
+
+    damaged file would pass with wrong values.
+    """
+    if path.suffix.lower() != ".gz":
+        return path.stat().st_size
+    held = 0
+    with gzip.open(path) as stream:
+        while part := stream.read(1 << 22):
+            held += len(part)
+    return held
+
+
+def _check_header(path: Path, image: Any, held: int) -> None:
+    """Raises UserError for what cannot be one number a voxel of a 3-D scan, before anything is read or allocated."""
+    shape, dtype = tuple(int(size) for size in image.shape), image.get_data_dtype()
+    if dtype.kind not in "buif":
+        raise UserError(f"{path}: holds {dtype}, not one number per voxel; convert it to a scalar scan")
+    if min(shape, default=0) < 1:
+        raise UserError(f"{path}: has an empty axis (shape {shape}); export the scan again")
+    if len(shape) < 3 or math.prod(shape[3:]) > 1:
+        mend = "give it a third axis of 1" if len(shape) < 3 else "split it into 3-D files"
+        raise UserError(f"{path}: has shape {shape}, expected one 3-D scan; {mend}")
+    if is_proxy(image.dataobj):  # else it is in memory already
+        promised = image.dataobj.offset + math.prod(shape) * dtype.itemsize
+        if promised > held:
+            raise UserError(
+                f"{path}: unreadable or truncated (its header promises {promised} bytes, the file holds {held}); copy"
+                " or download the file again"
+            )
+
+
+def _orientation(path: Path, affine: Any) -> np.ndarray:
+    """Which axis of a scan runs along which of the patient's. Raises UserError for an affine that does not say."""
+    usable = affine is not None and np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) >= 1e-9
+    orientation = orientations.io_orientation(affine) if usable else np.full((3, 2), np.nan)
+    if np.isnan(orientation).any():  # two axes run the same way, as far as floats can tell
+        raise UserError(
+            f"{path}: its affine is singular or not finite, so its place in space is unknown;"
+            " mend the header or export the scan again"
+        )
+    return orientation
 
 
 def same_grid(a: Grid, b: Grid) -> bool:
@@ -260,7 +291,7 @@ def read_label(
         values = restored(values, keys, path)
     # Masks stored as float, or scaled by the header, are whole numbers up to rounding.
     whole = np.rint(values)
-    unknown = ~np.isin(whole.astype(np.int64), keys) | (np.abs(values - whole) > 1e-3)
+    unknown = ~np.isin(whole, keys) | (np.abs(values - whole) > 1e-3)
     if unknown.any():
         value = values[unknown][0]
         raise UnknownLabelError(

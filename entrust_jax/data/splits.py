@@ -63,7 +63,10 @@ def draw(
         if folds == 1:
             return {part: sorted(name for names in patients.values() for name in names) for part in PARTS}
         test = _shuffled(patients, seed, "folds")[fold::folds]
-    mend = "add patients, change folds or test_pattern, or set folds=1 to see that it runs (all cases in all parts)"
+    mend = (
+        "add patients, change folds or test_pattern, say who is one by config.data.patient_pattern, or set folds=1 to see"
+        " that it runs (all cases in all parts)"
+    )
     return _divide(patients, test, seed, fold, "config.data.split", mend)
 
 

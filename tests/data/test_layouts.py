@@ -47,6 +47,21 @@ def test_brats_2021_folders(tmp_path):
     assert set(second.images) == {"T1", "T1ce", "FLAIR"}
 
 
+def test_brats_sessions_of_meningioma_radiotherapy_share_a_patient_and_their_labels_are_gtv(tmp_path):
+    for name in ("BraTS-MEN-RT-0001-1", "BraTS-MEN-RT-0001-2", "BraTS-MEN-RT-0012-1"):
+        touch(tmp_path / name, f"{name}_t1c.nii.gz", f"{name}_gtv.nii.gz")
+    cases = layouts.find_cases("brats", tmp_path, ("T1ce",))
+    assert [case.patient for case in cases] == ["BraTS-MEN-RT-0001"] * 2 + ["BraTS-MEN-RT-0012"]
+    assert all(case.label is not None and "gtv" in case.label.name for case in cases)
+
+
+def test_a_number_of_a_patient_is_no_session(tmp_path):
+    for name in ("Patient-001", "Patient-002", "UCSF-PDGM-0004-001"):
+        touch(tmp_path / name, f"{name}-t1n.nii.gz")
+    patients = [case.patient for case in layouts.find_cases("brats", tmp_path, ("T1",))]
+    assert patients == ["Patient-001", "Patient-002", "UCSF-PDGM-0004"]
+
+
 def test_brats_2023_time_points_share_a_patient(tmp_path):
     for name in ("BraTS-GLI-00002-000", "BraTS-GLI-00002-001"):
         touch(tmp_path / name, *(f"{name}-{m}.nii.gz" for m in ("t1n", "t1c", "t2w", "t2f", "seg")))

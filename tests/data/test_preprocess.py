@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import tracemalloc
 from pathlib import Path
 
 import nibabel
@@ -338,16 +339,43 @@ def damage_axis(path):
     path.write_bytes(gzip.compress(bytes(data)))
 
 
+def damage_shape(path):
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    data[42:48] = np.array([2000, 2000, 500], "<i2").tobytes()
+    path.write_bytes(gzip.compress(bytes(data)))
+
+
+def damage_shear(path):
+    """Two axes that run the same way, as far as floats can tell, with a determinant of 1."""
+    scan = nibabel.load(path)
+    header = scan.header
+    header.set_sform(np.eye(4), code=1)
+    header["srow_x"] = [1, 0, 1e17, 0]
+    raw = bytes(header.binaryblock) + b"\0" * 4 + np.asanyarray(scan.dataobj).astype("<f4").tobytes(order="F")
+    path.write_bytes(gzip.compress(raw))
+
+
+def damage_colour(path):
+    colour = np.zeros((16, 14, 6), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    image = nibabel.Nifti1Image(colour, AFFINE)
+    data = bytearray(image.to_bytes())
+    data[112:116] = np.float32(2).tobytes()  # a slope, which numpy cannot multiply colours by
+    path.write_bytes(gzip.compress(bytes(data)))
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (damage_truncate, "unreadable or truncated"),
-        (damage_magic, "unreadable or truncated"),
-        (damage_not_gzip, "unreadable or truncated"),
-        (damage_empty, "unreadable or truncated"),
-        (damage_short, "unreadable or truncated"),
-        (damage_crc, "unreadable or truncated"),
+        (damage_truncate, "truncated.*Compressed file ended before"),
+        (damage_magic, "unreadable.*Cannot work out file type"),
+        (damage_not_gzip, "unreadable.*Not a gzipped file"),
+        (damage_empty, "unreadable.*Empty file"),
+        (damage_short, r"truncated.*its header promises 5728 bytes, the file holds 1000\)"),
+        (damage_crc, "unreadable.*(CRC check failed|Error -3 while decompressing)"),
         (damage_axis, "empty axis"),
+        (damage_shape, r"truncated.*its header promises 8000000352 bytes, the file holds 5728\)"),
+        (damage_shear, "affine is singular"),
+        (damage_colour, r"holds .*'R'.*, not one number per voxel"),
         (damage_affine(0), "affine is singular"),
         (damage_affine(np.nan), "affine is singular or not finite"),
         (Path.unlink, "no such file"),
@@ -365,6 +393,48 @@ def test_damaged_file_stops_that_case_and_training_goes_on(tmp_path, damage, mes
     volumes, problems = preprocess.read_volumes(cases, **OPTIONS)
     assert [volume.reference for volume in volumes] == [good / "FLAIR.nii.gz"]
     assert len(problems) == 1 and str(bad / "T1.nii.gz") in problems[0] and "left out" in problems[0]
+
+
+FIELDS = st.tuples(st.integers(0, 359), st.sampled_from([0, 1, 127, 128, 255]) | st.integers(0, 255))
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> bytes:
+    return save(tmp_path_factory.mktemp("sound") / "sound.nii", head((8, 7, 6))).read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of nibabel, where a quaternion or a slope is absurd
+@settings(max_examples=2000, deadline=None)
+@given(changes=st.lists(FIELDS, min_size=1, max_size=8), packed=st.booleans(), kept=st.integers(0, 2000) | st.none())
+def test_a_header_of_any_bytes_is_read_or_refused_in_one_line(tmp_path_factory, sound, changes, packed, kept):
+    """And never costs more memory than the file could fill: sizes are checked before anything is allocated."""
+    data = bytearray(sound)
+    for place, value in changes:
+        data[place] = value
+    path = tmp_path_factory.getbasetemp() / f"fuzzed.nii{'.gz' * packed}"
+    path.write_bytes(gzip.compress(bytes(data[:kept]), 1) if packed else bytes(data[:kept]))
+    tracemalloc.start()
+    try:
+        grid, values = preprocess.load_scan(path)
+    except UserError as error:
+        assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+    else:
+        assert values.shape == grid.shape and len(grid.shape) == 3 and np.isfinite(values).all()
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 10e6
+
+
+def test_a_header_that_promises_gigabytes_is_refused_before_they_are_allocated(tmp_path):
+    path = save(tmp_path / "absurd.nii.gz", head((8, 7, 6)))
+    damage_shape(path)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"its header promises 8000000352 bytes, the file holds 1696\)"):
+        preprocess.load_scan(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
 
 
 def test_a_label_value_that_the_config_forgot_stops_the_whole_set(tmp_path):
