@@ -348,7 +348,7 @@ def memory_in_words(trained: Trained, volume: Volume) -> str | None:
         return None
     config = trained.config
     return windows.in_words(
-        windows.memory(
+        windows.estimate(
             trained.params, resampling.at_spacing(volume, trained.spacing),
             model=network, sampler=inference.sampler_of(config), mesh=trained.mesh,
             hypotheses=config.diffusion.hypotheses, **extent(config),

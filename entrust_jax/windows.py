@@ -22,6 +22,7 @@ from entrust_jax.data.preprocess import Volume
 from entrust_jax.inference import ACTIVE, STACKED, Raw
 from entrust_jax.layers import apply
 from entrust_jax.model import Condition, EnTrust
+from entrust_jax.runtime import memory
 from entrust_jax.runtime.mesh import AXIS, batch_sharding, replicated
 from entrust_jax.segdiff import sampler as segdiff_sampler
 from entrust_jax.segdiff import volume as lattices
@@ -30,6 +31,7 @@ from entrust_jax.trustmap import case, statistics
 
 Size = tuple[int, ...]
 _DATA, _WHOLE = PartitionSpec(AXIS), PartitionSpec()
+DISTANCES = 76  # bytes a voxel while distances to the border are measured (scipy's transform, two maps of doubles)
 AHEAD = (*STACKED, "members")  # maps with an axis before the voxels
 DRAWN = ("mean", "entropy", "within", "divergence", "disagreement", "gap")
 
@@ -248,7 +250,7 @@ def program_for(params: Any, around: Frame, windows: int, key: Array, *, model: 
     return program(network, sampler, mesh, around.window, lattice, room, (tree, tuple(leaves))), room
 
 
-def memory(
+def estimate(
     params: Any,
     volume: Volume,
     *,
@@ -259,31 +261,46 @@ def memory(
     window: Size,
     unit: Size,
 ) -> dict[str, Any]:
-    """About how much memory examining a scan takes, beside the parameters, in bytes (ours); what follows is not in it.
+    """About how much memory predicting a scan takes, beside the parameters and the scan, in bytes (ours).
 
-    The most that the compiler reserves on all devices for one of the three programs (a look at windows, a hypothesis,
-    the probes of windows), and this process's own maps: on the lattice of windows and, at the end, in the scan. All
-    windows that touch the body are taken to be sampled.
+    The most that is held at once in one of five stages: the looks at windows, the hypotheses, the probes, the maps'
+    way back into the scan, and what `inference.finish` makes of them. Of the programs, what the compiler reserves on
+    all devices. All windows that touch the body are taken to be sampled.
     """
     around, static = frame(volume, window, unit), {"model": model, "sampler": sampler, "mesh": mesh}
     at, key = lattices.origins(around.scan["body"], window, unit), jax.random.key(0)
     count = len(at)
-    call, _ = program_for(params, around, count, key, **static)
+    call, room = program_for(params, around, count, key, **static)
     group = next(_groups(at, mesh.size))[0]
     batch, label = batch_of(around, group), np.zeros((len(group), *window), np.int32)
-    programs = (
-        call,
-        look.lower(params, batch, key, **static).compile(),
-        probe.lower(params, batch, label, key, **static).compile(),
-    )
-    device = mesh.size * max(_reserved(one) for one in programs)
-    m, k = model.modalities, model.classes
-    floats = 2 * k + 2 * m * k + m * (m - 1) // 2 + 2 * m + 10  # of the maps that `examine` returns, a voxel
-    probes = m * k + 2 * m + 2  # while they are joined, beside the maps
+    device = {
+        "looks": look.lower(params, batch, key, **static).compile(),
+        "hypotheses": call,
+        "probes": probe.lower(params, batch, label, key, **static).compile(),
+    }
+    reserved = {name: mesh.size * _reserved(one) for name, one in device.items()}
+    found = jax.eval_shape(lambda *a: inference.look_at(*a, model=model, sampler=sampler)[1], params, batch, key)
+    condition = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(found.projections)) // len(group)
+
+    m, k, n = model.modalities, model.classes, hypotheses
     lattice, scan = around.scan["body"].size, volume.body.size
-    host = 4 * lattice * (floats + probes + m + 3) + hypotheses * lattice + (4 * floats + m + hypotheses) * scan
+    looked = 4 * (k + 2 * m * k + m * (m - 1) // 2 + 2)  # bytes a voxel of the maps of `look_at`,
+    drawn = 4 * (k + 5) + n + 1  # of `sample` and the label,
+    asked = 4 * (2 * m + 2) + m  # of the probes,
+    joining = 4 * (2 * m + 2 + m * k)  # and of these while they are joined
+    inputs = 4 * (2 * k + 2 * m + 8)  # of the calibrator's, once in columns and once side by side
+    held = 4 * (m + 3) * lattice  # the image and coordinates
+    maps = looked + drawn + asked
+    stages = {
+        "looks": held + reserved["looks"] + looked * (lattice + batch["body"].size) + condition * count,
+        "hypotheses": held + reserved["hypotheses"] + looked * lattice + condition * (count + room),
+        "probes": held + reserved["probes"] + (maps + joining) * lattice,
+        "way back": held + maps * scan + DISTANCES * scan,
+        "finish": (maps + 2 * inputs + 12 * k) * scan,
+    }
     return {
-        "bytes": int(device + host),
+        "bytes": max(stages.values()),
+        "stages": stages,
         "windows": count,
         "window": tuple(window),
         "hypotheses": hypotheses,
@@ -297,12 +314,12 @@ def _reserved(program: jax.stages.Compiled) -> int:
     return reserved - found.alias_size_in_bytes
 
 
-def in_words(estimate: dict[str, Any]) -> str:
-    """The estimate of `memory` for people."""
-    size = " x ".join(map(str, estimate["window"]))
+def in_words(found: dict[str, Any]) -> str:
+    """The estimate of `estimate` for people."""
+    size = " x ".join(map(str, found["window"]))
     return (
-        f"{estimate['windows']} windows of {size} voxels, {estimate['hypotheses']} hypotheses: about "
-        f"{estimate['bytes'] / 2**30:.1f} GB of memory"
+        f"{found['windows']} windows of {size} voxels, {found['hypotheses']} hypotheses: about "
+        f"{found['bytes'] / 2**30:.1f} GB of memory"
     )
 
 
@@ -415,8 +432,10 @@ def examine(
     active = active_windows(maps["one_step"], around, at)
     chosen, needed = at[active], [one for one, here in zip(conditions, active, strict=True) if here]
     del conditions
+    memory.give_back()
     drawn, labels = sample(params, around, chosen, needed, maps, key, hypotheses=hypotheses, **static)
     del needed
+    memory.give_back()
     maps |= drawn
     label, decision = case.dice_bayes(maps["mean"], labels)
 
@@ -438,12 +457,15 @@ def examine(
         found["counterfactual"] = np.argmax(found["counterfactual"], axis=-1).astype(np.uint8)
         for name, value in unasked.items():  # what no window asked about stays as it is
             value[...] = np.where(seen, found[name], value)
+        del found
     maps |= unasked
+    del unasked
+    memory.give_back()
     shape, background = volume.body.shape, np.eye(model.classes, dtype=np.float32)[0]
-    raw: Raw = {
-        name: place(value, around, shape, axis=int(name in AHEAD), fill=_fill(name, value, background))
-        for name, value in maps.items()
-    }
+    raw: Raw = {}
+    for name in list(maps):  # one by one, so that a map is hardly ever held twice
+        value = maps.pop(name)
+        raw[name] = place(value, around, shape, axis=int(name in AHEAD), fill=_fill(name, value, background))
     raw |= {"hypotheses": place(labels, around, shape, axis=1), "label": place(label, around, shape)}
     return thinned(raw, volume, slices) | {
         "predicted_dice": decision["predicted_dice"],

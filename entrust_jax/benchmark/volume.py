@@ -4,8 +4,6 @@
 memory depends on their values. `seams` asks a trained network whether windows leave a trace.
 """
 
-import resource
-import sys
 import time
 from typing import Any
 
@@ -18,7 +16,7 @@ from entrust_jax.data import resampling
 from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
-from entrust_jax.runtime import mesh
+from entrust_jax.runtime import memory, mesh
 from entrust_jax.segdiff import volume as lattices
 
 GIGABYTE = 2**30
@@ -38,22 +36,17 @@ def head(shape: tuple[int, int, int], modalities: int) -> Volume:
     )  # fmt: skip
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held so far."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
-
-
 def measure(config: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Seconds and peak memory of examining one scan of this shape with the config's network; run once a process.
+    """Seconds and peak memory of predicting one scan of this shape with the config's network; run once a process.
 
-    The second run has everything compiled. estimate: what `windows.memory` says before it.
+    From the scan in memory to maps, reasons and volumes, without a calibrator. The second run has everything compiled.
+    estimate: what `windows.estimate` says before it.
     """
     network, devices = model.build(config), mesh.data_mesh()
     params = jax.jit(lambda: api.init_params(config, jax.random.key(0)), out_shardings=mesh.replicated(devices))()
     volume = head(shape, len(config.data.modalities))
-    resting = peak_bytes()
-    estimate = windows.memory(
+    resting = memory.peak()
+    estimate = windows.estimate(
         params, volume, model=network, sampler=inference.sampler_of(config), mesh=devices,
         hypotheses=config.diffusion.hypotheses, **api.extent(config),
     )  # fmt: skip
@@ -61,9 +54,13 @@ def measure(config: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
     seconds = []
     for _ in range(2):
         began = time.perf_counter()
-        raw = api.examine_with(config, network, params, devices, 0.5, volume)
-        seconds.append(time.perf_counter() - began)
-        del raw
+        found = inference.finish(
+            api.examine_with(config, network, params, devices, 0.5, volume), volume,
+            scan=volume, chosen="identity", params={}, modalities=tuple(config.data.modalities),
+            classes=tuple(config.data.classes), regions=dict(config.data.regions), volumetric=True, started=began,
+        )  # fmt: skip
+        seconds.append(found["seconds"])
+        del found
     return {
         "config": config.name,
         "shape": list(shape),
@@ -82,7 +79,7 @@ def measure(config: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
         "seconds": seconds[1],
         "resting_gb": resting / GIGABYTE,
         "estimated_gb": (resting + estimate["bytes"]) / GIGABYTE,
-        "peak_gb": peak_bytes() / GIGABYTE,
+        "peak_gb": memory.peak() / GIGABYTE,
     }
 
 

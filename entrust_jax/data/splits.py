@@ -64,8 +64,8 @@ def draw(
             return {part: sorted(name for names in patients.values() for name in names) for part in PARTS}
         test = _shuffled(patients, seed, "folds")[fold::folds]
     mend = (
-        "add patients, change folds or test_pattern, say who is one by config.data.patient_pattern, or set folds=1 to see"
-        " that it runs (all cases in all parts)"
+        "add patients, change folds or test_pattern, say by config.data.patient_pattern who is one, or set folds=1 to"
+        " see that it runs (all cases in all parts)"
     )
     return _divide(patients, test, seed, fold, "config.data.split", mend)
 

@@ -87,12 +87,14 @@ def signed_distance_mm(label: Integer[np.ndarray, "d h w"], spacing: Sequence[fl
     From a voxel's centre to that of the nearest voxel of another class, less half the finest spacing, for the border
     runs between them. A volume of a single class has its extent everywhere.
     """
-    distance = np.full(label.shape, float(np.dot(label.shape, spacing)))
     found = np.unique(label)
-    if len(found) > 1:
-        depth = [np.asarray(scipy.ndimage.distance_transform_edt(label == k, sampling=spacing)) for k in found]
-        distance = np.sum(depth, axis=0) - min(spacing) / 2
-    return np.where(label > 0, -distance, distance).astype(np.float32)
+    if len(found) == 1:
+        distance = np.full(label.shape, np.dot(label.shape, spacing), np.float32)
+    else:
+        distance = np.full(label.shape, -min(spacing) / 2, np.float32)
+        for k in found:  # a voxel is inside one class alone; one transform at a time, for they are large
+            distance += np.asarray(scipy.ndimage.distance_transform_edt(label == k, sampling=spacing))
+    return np.where(label > 0, -distance, distance)
 
 
 def importance_weights(

@@ -1,0 +1,31 @@
+"""What this process holds of the machine's memory, and giving back what it has freed."""
+
+import ctypes
+import functools
+import resource
+import sys
+from collections.abc import Callable
+
+
+def peak() -> int:
+    """The most memory, in bytes, that this process has held so far."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def give_back() -> None:
+    """Hands the system what has been freed. glibc keeps freed blocks of up to 32 MiB for itself, and the buffers of a
+
+    compiled program leave more than a gigabyte of them behind (measured on the maps of a 3-D scan). Other C libraries
+    have no such call, and nothing happens.
+    """
+    if (trim := _trim()) is not None:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # not glibc; on Windows there is no library without a name
+        return None
