@@ -178,10 +178,21 @@ def list_cases(
     cases = [case for case in cases if case.name not in odd]
     if not cases and not mistakes:
         refuse_dicom(place)
-        raise UserError(
-            f"{place}: holds no case with any of {', '.join(modalities)}; the {layout} layout expects {expected}"
-        )
+        below = _one_below(place, find, known)
+        mend = f"{below} does: give that folder" if below else f"the {layout} layout expects {expected}"
+        raise UserError(f"{place}: holds no case with any of {', '.join(modalities)}; {mend}")
     return Listing(cases, mistakes)
+
+
+def _one_below(place: Path, find: Callable[[Path, Names], Listing], known: Names) -> Path | None:
+    """The first folder in another one that holds cases: BraTS 2019 came as HGG/ and LGG/, archives unpack into one."""
+    for folder in sorted(path for path in place.iterdir() if path.is_dir()) if place.is_dir() else []:
+        try:
+            if any(case.images for case in find(folder, known).cases):
+                return folder
+        except (UserError, OSError):  # not this layout either
+            continue
+    return None
 
 
 def _is_text(name: str) -> bool:

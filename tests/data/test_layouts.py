@@ -55,6 +55,15 @@ def test_brats_sessions_of_meningioma_radiotherapy_share_a_patient_and_their_lab
     assert all(case.label is not None and "gtv" in case.label.name for case in cases)
 
 
+def test_cases_one_folder_further_down_are_pointed_at(tmp_path):
+    touch(tmp_path / "BraTS2019" / "HGG" / "B_1", "B_1_t1.nii.gz")
+    (tmp_path / "BraTS2019" / "A_empty").mkdir()
+    with pytest.raises(UserError, match=r"BraTS2019: holds no case with any of T1; .*BraTS2019/HGG does: give that"):
+        layouts.find_cases("brats", tmp_path / "BraTS2019", ("T1",))
+    with pytest.raises(UserError, match="the brats layout expects"):
+        layouts.find_cases("brats", tmp_path, ("T1",))
+
+
 def test_a_number_of_a_patient_is_no_session(tmp_path):
     for name in ("Patient-001", "Patient-002", "UCSF-PDGM-0004-001"):
         touch(tmp_path / name, f"{name}-t1n.nii.gz")
