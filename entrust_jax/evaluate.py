@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from entrust_jax import api, cli, inference
+from entrust_jax import api, cli, inference, networks
 from entrust_jax.baselines import location as baseline
 from entrust_jax.data import preprocess, resampling
 from entrust_jax.errors import UserError
@@ -185,12 +185,12 @@ def score_all(
         started = time.perf_counter()
         case = {name: own[i] for name, own in volumes.items()}
         for name, trained in methods.items():
-            multiple = api.multiple(trained.config)
+            multiple = networks.multiple(trained.config)
             own = resampling.Lattice(case[name].body.shape, case[name].spacing)
             slices, *sides = resampling.working(own, trained.spacing).sizes
             chunk = inference.chunk_size(slices, trained.mesh)
             size = (name, (chunk, *(-(-side // multiple) for side in sides)))
-            if not api.volumetric(trained.config) and size not in met:
+            if not networks.volumetric(trained.config) and size not in met:
                 api.predict_volume(trained, case[name])
                 met.add(size)
         predictions = {name: api.predict_volume(trained, case[name]) for name, trained in methods.items()}

@@ -21,7 +21,7 @@ import optax
 from absl import flags
 from jaxtyping import Array, Float
 
-from entrust_jax import api, cli, inference
+from entrust_jax import api, cli, inference, networks
 from entrust_jax import model as entrust
 from entrust_jax.baselines import unet
 from entrust_jax.data import augment, dataset, intensity, layouts, pipeline, preprocess, resampling
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     config = planned(flags.FLAGS.config, workdir)
     check(workdir, config)
     cli.setup_devices(at_most=config.train.batch)
-    network = api.network_of(config)
+    network = networks.network_of(config)
     run(config, workdir, network, plan_stages(config, network))
     guarantee(workdir)
     reference(workdir)
@@ -128,8 +128,8 @@ def check(workdir: Path, config: Any) -> None:
     if config.method not in NETWORK_STAGES:
         raise UserError(f"config.method is {config.method!r}; set it to one of {', '.join(NETWORK_STAGES)}")
     check_values(config)
-    data, side = config.data, api.coarsest(config)
-    unplanned = api.volumetric(config) and not config.model.strides  # whatever they will be, they divide the patch
+    data, side = config.data, networks.coarsest(config)
+    unplanned = networks.volumetric(config) and not config.model.strides  # whatever they will be, they divide the patch
     if not unplanned and any(size % unit for size, unit in zip(data.patch, side, strict=True)):
         words = " x ".join(map(str, side))
         raise UserError(f"config.data.patch is {tuple(data.patch)}; give multiples of {words}, for the coarsest scale")
@@ -310,7 +310,7 @@ def step_shapes(config: Any, stage: Stage, devices: Any) -> tuple[TrainState, di
     whole, split = mesh.replicated(devices), mesh.batch_sharding(devices)
     state = jax.eval_shape(lambda: initial_state(config, optimiser(config, stage)))
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
-    batch = api.example_batch(config, mesh.round_to_devices(config.train.batch, devices))
+    batch = networks.example_batch(config, mesh.round_to_devices(config.train.batch, devices))
     if config.method != "entrust":
         n = members(config)
         split = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(None, *split.spec))
@@ -328,7 +328,7 @@ def lower_stage(config: Any, network: Any, stage: Stage, devices: int) -> tuple[
     lowered = jax.jit(step, donate_argnums=0, out_shardings=mesh.replicated(on)).lower(
         state, batch, step_key(config, stage)
     )
-    one = api.example_batch(config, mesh.round_to_devices(config.train.batch, on))
+    one = networks.example_batch(config, mesh.round_to_devices(config.train.batch, on))
     split = mesh.batch_sharding(on)
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), one)
     validation = functools.partial(validate_batch, config, network, stage)
@@ -366,7 +366,7 @@ def step_seconds(config: Any, stage: Stage, call: Callable[..., Any], devices: A
 
 def initial_state(config: Any, tx: optax.GradientTransformation) -> TrainState:
     """Random parameters and optimiser state; call inside jit."""
-    params = api.init_params(config, jax.random.key(config.seed))
+    params = networks.init_params(config, jax.random.key(config.seed))
     return create(params, tx) if config.method == "entrust" else jax.vmap(lambda p: create(p, tx))(params)
 
 
@@ -679,7 +679,7 @@ def keep_best(best: Any, stage: Stage, step: int, ema: Any, score: float) -> Non
 
 def best_params(config: Any, workdir: Path, devices: Any) -> Any:
     """The EMA parameters of `best`, whole on every device."""
-    abstract = jax.eval_shape(lambda: api.init_params(config, jax.random.key(config.seed)))
+    abstract = jax.eval_shape(lambda: networks.init_params(config, jax.random.key(config.seed)))
     with contextlib.closing(checkpoint.open_manager(workdir / "checkpoints" / "best", read_only=True)) as manager:
         restored = checkpoint.restore_best(manager, abstract)
     if restored is None:
@@ -691,7 +691,7 @@ def threshold(config: Any, network: Any, params: Any, volumes: list[Volume], dev
     """Stage 3: the one-step foreground threshold with the best Dice on validation cases."""
     pairs = []
     for volume in volumes:
-        p = api.one_step_with(config, network, params, devices, volume)
+        p = networks.one_step_with(config, network, params, devices, volume)
         pairs.append((p, np.where(volume.body, preprocess.labels_of(volume), -1)))
     tau, dice = case.choose_threshold(pairs)
     print(f"threshold: {tau:.2f} (validation Dice {np.max(dice):.3f}, {len(volumes)} cases)", flush=True)
@@ -727,7 +727,7 @@ def calibration_set(
     patients = sorted({volume.patient for volume in volumes})
     with logs.progress("calibration", len(volumes)) as show:
         for i, volume in enumerate(volumes):
-            raw = api.examine_with(config, network, params, devices, tau, volume, config.train.calibration_slices)
+            raw = networks.examine_with(config, network, params, devices, tau, volume, config.train.calibration_slices)
             slices.append(calibration_slices(raw, volume, patients.index(volume.patient), config.seed))
             show(i + 1)
     return join(slices)

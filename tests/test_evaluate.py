@@ -434,7 +434,7 @@ def test_flow_with_a_made_up_model(tmp_path, monkeypatch, capsys):
         return predict(case)
 
     monkeypatch.setattr(evaluate.api, "predict_volume", predict_volume)
-    monkeypatch.setattr(evaluate.api, "multiple", lambda config: 16)
+    monkeypatch.setattr(evaluate.networks, "multiple", lambda config: 16)
     flags = types.SimpleNamespace(
         workdir=[str(tmp_path / "A"), str(tmp_path / "B")], data_dir=None, split="all", output=None, location=True,
         lesions="metastases",

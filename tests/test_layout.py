@@ -47,7 +47,7 @@ MATHS_LIBRARIES = {
 }
 NETWORKS = (
     "flax",
-    *(f"entrust_jax.{name}" for name in (*PARTS, "layers", "model", "inference", "api", "baselines")),
+    *(f"entrust_jax.{name}" for name in (*PARTS, "layers", "model", "inference", "networks", "api", "baselines")),
 )
 
 

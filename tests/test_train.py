@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from configs import brats, glioma, phantom
-from entrust_jax import api, cli, train
+from entrust_jax import cli, networks, train
 from entrust_jax.data import dataset, pipeline, preprocess
 from entrust_jax.errors import UserError
 from entrust_jax.runtime import checkpoint, logs, mesh, state
@@ -69,7 +69,7 @@ def config():
 @pytest.fixture(scope="module")
 def run(config):
     """All that run_stage needs, compiled once: an object with stage, programs, network, volumes and devices."""
-    devices, network = mesh.data_mesh(), api.network_of(config)
+    devices, network = mesh.data_mesh(), networks.network_of(config)
     (stage,) = train.plan_stages(config, network)
     spec = dataset.phantom_spec(config.data)
     numbers = {"train": range(12), "val": range(12, 14), "calibration": range(14, 16)}
@@ -236,9 +236,9 @@ def entrust_config():
 
 def test_each_stage_moves_its_own_parameters():
     config = entrust_config()
-    stages = train.plan_stages(config, api.network_of(config))
+    stages = train.plan_stages(config, networks.network_of(config))
     assert [(stage.name, stage.begin) for stage in stages] == [("enfuse", 0), ("segdiff", config.train.enfuse_steps)]
-    shapes = jax.eval_shape(lambda: api.init_params(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: networks.init_params(config, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
 
     def sizes(stage):

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from entrust_jax import api, train
+from entrust_jax import networks, train
 from entrust_jax.runtime import logs, mesh
 
 DEVICES = (1, 8)
@@ -25,7 +25,7 @@ GIB = 2**30
 
 def described(config: Any) -> dict[str, Any]:
     """What is compiled, and by what."""
-    network = api.network_of(config)
+    network = networks.network_of(config)
     return {
         "config": config.name,
         "method": config.method,
@@ -48,7 +48,7 @@ def measure(config: Any, counts: Sequence[int] = DEVICES) -> Iterator[dict[str, 
     The config's batch is that of one device; n devices share one n times as large.
     """
     config = config.copy_and_resolve_references()
-    batch, network = config.train.batch, api.network_of(config)
+    batch, network = config.train.batch, networks.network_of(config)
     for count in counts:
         config.train.batch = batch * count
         for stage in train.plan_stages(config, network):

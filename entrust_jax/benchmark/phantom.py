@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from entrust_jax import api, inference, train
+from entrust_jax import api, inference, networks, train
 from entrust_jax import model as entrust
 from entrust_jax.benchmark import acceptance, disentanglement, references
 from entrust_jax.benchmark.ablations import ABLATIONS, ALL, REFERENCE, Ablation
@@ -60,7 +60,7 @@ def own_config(config: Any, ablation: Ablation, name: str, seed: int) -> Any:
 
 def own_network(config: Any, ablation: Ablation) -> entrust.EnTrust:
     """The config's network as the ablation's class: equal parameters, another way through them."""
-    network = api.network_of(config)
+    network = networks.network_of(config)
     fields = {f.name: getattr(network, f.name) for f in dataclasses.fields(network) if f.name not in ("parent", "name")}
     return ablation.network(**fields)
 
@@ -87,7 +87,7 @@ def borrowed(ablation: Ablation, workdir: Path) -> api.Trained:
     config, network = model.config, model.network
     cases, _ = dataset.read(config.data, model.splits["calibration"], config.seed)
     data = train.calibration_set(config, network, model.params, model.tau, cases, model.mesh)
-    raw = api.examine_with(config, network, model.params, model.mesh, model.tau, cases[0])
+    raw = networks.examine_with(config, network, model.params, model.mesh, model.tau, cases[0])
     _, names = calibration.features(raw, cases[0].present)
     # An input that never varies is switched off when the head is fitted.
     seen = np.isin(names, ablation.inputs) | (ablation.inputs == ALL)
@@ -105,7 +105,7 @@ def without(volume: Volume, modality: int) -> Volume:
 
 def chunks(model: api.Trained, volumes: list[Volume]) -> Iterator[dict[str, np.ndarray]]:
     """Batches of one compiled shape that hold phantoms of one slice each, the last filled up."""
-    batch = pipeline.stacked_slices(volumes, multiple=api.multiple(model.config))
+    batch = pipeline.stacked_slices(volumes, multiple=networks.multiple(model.config))
     return pipeline.chunks(batch, mesh.round_to_devices(SLICES, model.mesh))
 
 
