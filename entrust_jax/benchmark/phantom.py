@@ -27,6 +27,8 @@ from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.report import curves
 from entrust_jax.runtime import logs, mesh
+from entrust_jax.training.calibration_data import calibration_set
+from entrust_jax.training.stages import plan_stages
 from entrust_jax.trustmap import calibration, case
 
 HYPOTHESES = 24
@@ -72,7 +74,7 @@ def trained(config: Any, ablation: Ablation, workdir: Path) -> api.Trained:
     if not (workdir / "calibration.json").exists():
         stages = [
             dataclasses.replace(stage, loss=functools.partial(stage.loss, **ablation.loss.get(stage.name, {})))
-            for stage in train.plan_stages(config, network)
+            for stage in plan_stages(config, network)
         ]
         train.run(config, workdir, network, stages)
     return dataclasses.replace(api.load(workdir), network=network)
@@ -86,7 +88,7 @@ def borrowed(ablation: Ablation, workdir: Path) -> api.Trained:
         return model
     config, network = model.config, model.network
     cases, _ = dataset.read(config.data, model.splits["calibration"], config.seed)
-    data = train.calibration_set(config, network, model.params, model.tau, cases, model.mesh)
+    data = calibration_set(config, network, model.params, model.tau, cases, model.mesh)
     raw = networks.examine_with(config, network, model.params, model.mesh, model.tau, cases[0])
     _, names = calibration.features(raw, cases[0].present)
     # An input that never varies is switched off when the head is fitted.
