@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from entrust_jax import inference, model, windows
+from entrust_jax import features, inference, model, windows
 from entrust_jax.baselines import unet
 from entrust_jax.data import dataset, preprocess, resampling, splits
 from entrust_jax.data.preprocess import Volume
@@ -210,11 +210,11 @@ def examine(trained: Trained, volume: Volume, slices: int | None = None, probed:
 
 
 def describe_volume(trained: Trained, volume: Volume) -> dict[str, np.ndarray]:
-    """The features by which a case, on its scan's own grid, is compared with training's; see `inference.describe`."""
+    """The features by which a case, on its scan's own grid, is compared with training's; see `features.describe`."""
     assert isinstance(trained.network, model.EnTrust), "other methods do not see each modality by itself"
     rooms, own = windows if volumetric(trained.config) else inference, resampling.at_spacing(volume, trained.spacing)
     batches = rooms.pieces(own, mesh=trained.mesh, **extent(trained.config))
-    return inference.describe(trained.params, own, batches, model=trained.network, mesh=trained.mesh)
+    return features.describe(trained.params, own, batches, model=trained.network, mesh=trained.mesh)
 
 
 def compare_volume(trained: Trained, volume: Volume) -> dict[str, Any] | None:
@@ -225,8 +225,8 @@ def compare_volume(trained: Trained, volume: Volume) -> dict[str, Any] | None:
     if trained.config.method != "entrust":
         return None
     laws, found = trained.usual or ({}, ood.NOTHING)
-    features = describe_volume(trained, volume) if laws else {}
-    return ood.compare(laws, found, features, tuple(trained.config.data.modalities))
+    described = describe_volume(trained, volume) if laws else {}
+    return ood.compare(laws, found, described, tuple(trained.config.data.modalities))
 
 
 def predict_volume(trained: Trained, volume: Volume) -> dict[str, Any]:
