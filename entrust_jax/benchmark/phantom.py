@@ -25,7 +25,7 @@ from entrust_jax.benchmark.acceptance import Observation
 from entrust_jax.data import dataset, phantom, phantom_law, pipeline
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
-from entrust_jax.report import curves
+from entrust_jax.report import curves, markdown
 from entrust_jax.runtime import logs, mesh
 from entrust_jax.training.calibration_data import calibration_set
 from entrust_jax.training.stages import plan_stages
@@ -317,9 +317,9 @@ def table(summary: Mapping[str, Any]) -> str:
         ]
         for check, one in summary["checks"].items()
     ]
-    lines = ["# Phantom suite", "", *_rows(head, rows)]
+    lines = ["# Phantom suite", "", *markdown.table(head, rows)]
     fakes_ = [[name, ", ".join(failed) or "none"] for name, failed in summary["fakes"].items()]
-    lines += ["", *_rows(["planted fake", "fails"], fakes_)]
+    lines += ["", *markdown.table(["planted fake", "fails"], fakes_)]
     if len(summary["ablations"]) > 1:
         names = list(summary["ablations"])
         lines += ["", "Value ± spread over n seeds; in brackets the difference to the reference of the same seeds.", ""]
@@ -328,16 +328,16 @@ def table(summary: Mapping[str, Any]) -> str:
         rows += [["seeds", *(str(summary["ablations"][name]["figures"][keys[0]]["n"]) for name in names)]]
         rows += [["fails", *(", ".join(summary["ablations"][name]["fails"]) or "none" for name in names)]]
         rows += [[key, *(_cell(summary["ablations"][name]["figures"][key]) for name in names)] for key in keys]
-        lines += _rows(["", *names], rows)
+        lines += markdown.table(["", *names], rows)
     if summary["steps"]:
         rows = [[name, *(f"{value:.2f}" for value in own.values())] for name, own in lines_of(summary).items()]
         lines += ["", "Diversity of hypotheses over its analytic value, by the sampler's steps.", ""]
-        lines += _rows(["", *(str(steps) for steps in STEPS)], rows)
+        lines += markdown.table(["", *(str(steps) for steps in STEPS)], rows)
     if summary["parts"]:
         names = list(summary["parts"])
         rows = [[key, *(f"{summary['parts'][name][key]:.3g}" for name in names)] for key in summary["parts"][names[0]]]
         lines += ["", "What the parts carry (R2: squared correlation less its value under independence).", ""]
-        lines += _rows(["", *names], rows)
+        lines += markdown.table(["", *names], rows)
     return "\n".join(lines) + "\n"
 
 
@@ -348,11 +348,6 @@ def lines_of(summary: Mapping[str, Any]) -> dict[str, dict[int, float]]:
         for name, both in summary["steps"].items()
         for method, own in both.items()
     }
-
-
-def _rows(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]]
 
 
 def _cell(figure: Mapping[str, Any]) -> str:
