@@ -154,20 +154,22 @@ def plan(config: Any, found: dict[str, Any]) -> dict[str, Any]:
     An epoch is `survey.epoch` of the labelled cases in the training part. Batches are
     made beside the steps, so the slower of the two sets the pace.
     """
-    from entrust_jax import api, train
+    from entrust_jax import networks, train
     from entrust_jax.runtime import mesh
+    from entrust_jax.training.programs import compile_stage, step_seconds
+    from entrust_jax.training.stages import plan_stages
 
-    devices, network = mesh.data_mesh(), api.network_of(config)
-    stages = train.plan_stages(config, network)
-    programs = {stage.name: train.compile_stage(config, network, stage, devices) for stage in stages}
+    devices, network = mesh.data_mesh(), networks.network_of(config)
+    stages = plan_stages(config, network)
+    programs = {stage.name: compile_stage(config, network, stage, devices) for stage in stages}
     batches, making = two_batches(config, found, devices)
     if batches:
         for stage in stages:
             own = programs[stage.name]
-            seconds = max(making, train.step_seconds(config, stage, own.call, devices, batches))
+            seconds = max(making, step_seconds(config, stage, own.call, devices, batches))
             programs[stage.name] = dataclasses.replace(own, step_seconds=seconds)
     train.print_plan(config, stages, programs, devices, cli.default_workdir(config))
-    unit = "patches" if api.volumetric(config) else "slices"
+    unit = "patches" if networks.volumetric(config) else "slices"
     slices, size = found["epoch"], mesh.round_to_devices(config.train.batch, devices)
     source = f"measured on two batches of {found['shown']}" if batches else "measured on empty batches"
     costs = {}

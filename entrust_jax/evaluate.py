@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from entrust_jax import api, cli, inference
+from entrust_jax import api, cli, inference, networks
 from entrust_jax.baselines import location as baseline
 from entrust_jax.data import preprocess, resampling
 from entrust_jax.errors import UserError
-from entrust_jax.metrics import calibration, conflict, lesions, summary, usefulness
+from entrust_jax.metrics import calibration, comparison, conflict, lesions, scoring, summary, usefulness
 from entrust_jax.report import curves
 from entrust_jax.report import output as output_folder
 from entrust_jax.runtime import logs
@@ -112,7 +112,7 @@ def load_methods(workdirs: Sequence[Path]) -> dict[str, Any]:
     raise UserError(f"--workdir={','.join(map(str, workdirs))} names a folder twice: name each once")
 
 
-def common_targets(configs: Mapping[str, Any], lesion_rule: str) -> summary.Targets:
+def common_targets(configs: Mapping[str, Any], lesion_rule: str) -> scoring.Targets:
     """The classes and regions to score, and how lesions are; UserError if the methods' classes differ."""
     found = {name: tuple(config.data.classes) for name, config in configs.items()}
     first, *others = found
@@ -123,7 +123,7 @@ def common_targets(configs: Mapping[str, Any], lesion_rule: str) -> summary.Targ
                 "compare models with equal config.data.classes"
             )
     regions = configs[first].data.get("regions") or {}
-    return summary.Targets(
+    return scoring.Targets(
         found[first],
         {str(region): tuple(members) for region, members in regions.items()},
         tuple(configs[first].data.modalities),
@@ -173,24 +173,24 @@ def check_same_cases(cases: Mapping[str, Sequence[str]], split: str) -> None:
 
 
 def score_all(
-    methods: Mapping[str, Any], volumes: Mapping[str, Sequence[Any]], targets: summary.Targets
-) -> dict[str, list[summary.Scores]]:
+    methods: Mapping[str, Any], volumes: Mapping[str, Sequence[Any]], targets: scoring.Targets
+) -> dict[str, list[scoring.Scores]]:
     """Scores of every method on every case. Cases outside, methods inside: the region of interest needs
     every method's prediction of a case, and no more than one case is held. A size that is met for the first time
     is predicted twice: seconds per case are those of a compiled program; in 3-D they hold the compiling."""
     met: set[tuple[str, tuple[int, ...]]] = set()
-    scores: dict[str, list[summary.Scores]] = {name: [] for name in methods}
+    scores: dict[str, list[scoring.Scores]] = {name: [] for name in methods}
     count = len(next(iter(volumes.values())))
     for i in range(count):
         started = time.perf_counter()
         case = {name: own[i] for name, own in volumes.items()}
         for name, trained in methods.items():
-            multiple = api.multiple(trained.config)
+            multiple = networks.multiple(trained.config)
             own = resampling.Lattice(case[name].body.shape, case[name].spacing)
             slices, *sides = resampling.working(own, trained.spacing).sizes
             chunk = inference.chunk_size(slices, trained.mesh)
             size = (name, (chunk, *(-(-side // multiple) for side in sides)))
-            if not api.volumetric(trained.config) and size not in met:
+            if not networks.volumetric(trained.config) and size not in met:
                 api.predict_volume(trained, case[name])
                 met.add(size)
         predictions = {name: api.predict_volume(trained, case[name]) for name, trained in methods.items()}
@@ -203,8 +203,8 @@ def score_all(
 
 
 def score_predictions(
-    predictions: dict[str, dict[str, Any]], volumes: Mapping[str, Any], targets: summary.Targets
-) -> dict[str, summary.Scores]:
+    predictions: dict[str, dict[str, Any]], volumes: Mapping[str, Any], targets: scoring.Targets
+) -> dict[str, scoring.Scores]:
     """Scores of one case by method, all inside the one region of interest that their foreground
     probabilities give."""
     roi = calibration.region_of_interest([one["probability"][..., 0] for one in predictions.values()])
@@ -216,7 +216,7 @@ def score_predictions(
                 f"{volume.name}: {name} reads it on a grid of its own, {volume.label.shape}: "
                 "compare models of one config.data.reference"
             )
-        scores[name] = summary.score_case(
+        scores[name] = scoring.score_case(
             predictions.pop(name),  # its arrays go as soon as they are scored
             preprocess.labels_of(volume),
             volume.body,
@@ -230,7 +230,7 @@ def score_predictions(
     return scores
 
 
-def mean_mask(trained: Any, targets: summary.Targets) -> baseline.Location:
+def mean_mask(trained: Any, targets: scoring.Targets) -> baseline.Location:
     """The mean mask of a method's own training cases. Raises UserError where they are not there any more."""
     try:
         seen, _ = api.read_cases(trained, split="train")
@@ -240,20 +240,20 @@ def mean_mask(trained: Any, targets: summary.Targets) -> baseline.Location:
 
 
 def beside_location(
-    location: baseline.Location, volumes: Sequence[Any], scores: Sequence[summary.Scores], targets: summary.Targets
-) -> list[summary.Scores]:
+    location: baseline.Location, volumes: Sequence[Any], scores: Sequence[scoring.Scores], targets: scoring.Targets
+) -> list[scoring.Scores]:
     """The scores with the Dice of the mean mask."""
     found = []
     for volume, one in zip(volumes, scores, strict=True):
         place = baseline.predict(location, volume)
-        dice = [summary.headline_dice(place, label, targets) for label in preprocess.labels_of(volume)]
+        dice = [scoring.headline_dice(place, label, targets) for label in preprocess.labels_of(volume)]
         finite = [value for value in dice if np.isfinite(value)]
         mean = float(np.mean(finite)) if finite else math.nan
         found.append(dataclasses.replace(one, values=one.values | {"location_dice": mean}))
     return found
 
 
-def seen_in_training(trained: Any, scores: Sequence[summary.Scores]) -> list[str]:
+def seen_in_training(trained: Any, scores: Sequence[scoring.Scores]) -> list[str]:
     """Scored cases that the model was trained, chosen or calibrated on: their scores are no test."""
     used = {
         name
@@ -277,8 +277,8 @@ def peak_memory() -> dict[str, Any]:
 
 def write_results(
     folder: Path,
-    scores: Mapping[str, Sequence[summary.Scores]],
-    targets: summary.Targets,
+    scores: Mapping[str, Sequence[scoring.Scores]],
+    targets: scoring.Targets,
     about: Mapping[str, Any],
     workdirs: Mapping[str, str],
     resamples: int = 2000,
@@ -310,22 +310,22 @@ def write_results(
         if not several:
             print_headline(results)
     if several:
-        comparison = summary.compare(scores, resamples=resamples)
+        compared = comparison.compare(scores, resamples=resamples)
         rule = lesions.RULES[targets.lesion_rule]
         conventions = (
-            f"NSD within {summary.NSD_TOLERANCE:g} mm, by area. Lesions by the {targets.lesion_rule} rule of BraTS "
+            f"NSD within {scoring.NSD_TOLERANCE:g} mm, by area. Lesions by the {targets.lesion_rule} rule of BraTS "
             f"2023: grown by {rule.dilation} voxels, none of {rule.floor:g} mm^3 or less."
         )
-        results = {"made_by": MAKER, **about, "conventions": conventions, "workdirs": dict(workdirs), **comparison}
+        results = {"made_by": MAKER, **about, "conventions": conventions, "workdirs": dict(workdirs), **compared}
         logs.write_json(folder / "comparison.json", results)
-        table = summary.comparison_table(comparison)
+        table = comparison.comparison_table(compared)
         note = f"{about['data']}, split {about['split']}; differences paired by patient. {conventions}\n\n"
         (folder / "comparison.md").write_text(f"# Comparison\n\n{note}{table}", encoding="utf-8")
         draw_risk_coverage(folder / "risk_coverage.png", scores)
         print(table)
 
 
-def draw_reliability(path: Path, name: str, cases: Sequence[summary.Scores], results: Mapping[str, Any]) -> None:
+def draw_reliability(path: Path, name: str, cases: Sequence[scoring.Scores], results: Mapping[str, Any]) -> None:
     """Reliability before and after calibration: foreground classes pooled in the ROI."""
     panels, notes = {}, {}
     for stage in ("before", "after"):
@@ -344,7 +344,7 @@ def draw_reliability(path: Path, name: str, cases: Sequence[summary.Scores], res
     )
 
 
-def draw_risk_coverage(path: Path, scores: Mapping[str, Sequence[summary.Scores]]) -> None:
+def draw_risk_coverage(path: Path, scores: Mapping[str, Sequence[scoring.Scores]]) -> None:
     """Mean risk against the share of patients kept, with each method's best possible order."""
     lines, best = {}, {}
     for name, cases in scores.items():
@@ -356,7 +356,7 @@ def draw_risk_coverage(path: Path, scores: Mapping[str, Sequence[summary.Scores]
     curves.save(curves.risk_coverage_figure(lines, "Risk against coverage, by mean error probability", best), path)
 
 
-def draw_conflict(path: Path, name: str, cases: Sequence[summary.Scores]) -> None:
+def draw_conflict(path: Path, name: str, cases: Sequence[scoring.Scores]) -> None:
     """Divergence against conflict; no picture for a method without both, or without a patient to compare in."""
     patients = [one.alignment for one in summary.join_patients(cases) if one.alignment is not None]
     if not any(one.observed[0] > 0 for one in patients):
@@ -403,7 +403,7 @@ def _span(ends: Sequence[int]) -> str:
     return f"{low}" if low == high else f"{low}-{high}"
 
 
-def write_cases(path: Path, cases: Sequence[summary.Scores]) -> None:
+def write_cases(path: Path, cases: Sequence[scoring.Scores]) -> None:
     """One row per case; undefined values are empty cells."""
     rows = [summary.case_row(case) for case in cases]
     columns = list(dict.fromkeys(key for row in rows for key in row))

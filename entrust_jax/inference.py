@@ -6,7 +6,7 @@ any foreground are sampled and probed. Nothing recompiles per case as long as th
 
 import functools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jaxtyping import Array
 from scipy.special import expit, logit
 
 from entrust_jax.baselines.unet import UNet, over_members
-from entrust_jax.data import pipeline, resampling, survey
+from entrust_jax.data import pipeline, resampling
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.data.resampling import Lattice
 from entrust_jax.enfuse.encoder import Evidence
@@ -26,7 +26,7 @@ from entrust_jax.model import Condition, EnTrust
 from entrust_jax.runtime.mesh import round_to_devices
 from entrust_jax.segdiff import sampler as segdiff_sampler
 from entrust_jax.segdiff.sampler import Sampler
-from entrust_jax.trustmap import calibration, case, explanation, ood, probing, statistics
+from entrust_jax.trustmap import calibration, case, explanation, probing, statistics
 
 ACTIVE = 0.005  # a slice is sampled when p_1 of foreground exceeds this somewhere in the body
 CHUNK = 8  # slices per compiled call, at most, before rounding up to the number of devices
@@ -50,7 +50,8 @@ def _availability(present: Array, space: tuple[int, ...]) -> Array:
     return jnp.broadcast_to(mu.reshape(*mu.shape, *(1,) * len(space)), (*mu.shape, *space))
 
 
-def _condition(model: EnTrust, params: Any, evidence: Evidence, present: Array) -> Condition:
+def condition_of(model: EnTrust, params: Any, evidence: Evidence, present: Array) -> Condition:
+    """What the denoiser sees of a batch in which these modalities are there, bool [b m]."""
     mu = _availability(present, evidence.logits.shape[2:-1])
     return apply(model, params, evidence, mu, method="fuse")
 
@@ -76,7 +77,7 @@ def look_at(
 ) -> tuple[Evidence, Condition, dict[str, Array]]:
     """Encodes a batch and predicts it in one step, on one device: (evidence, condition, maps by name)."""
     evidence = apply(model, params, batch["image"], batch["coordinates"], batch["body"], method="encode")
-    condition = _condition(model, params, evidence, batch["present"])
+    condition = condition_of(model, params, evidence, batch["present"])
     fused = condition.fused
     first = segdiff_sampler.one_step(
         _denoise(model, params, batch["body"]), condition, batch["case"], key,
@@ -120,7 +121,7 @@ def draw(
     """N hypotheses of every slice of a chunk, reduced at once: (maps, labels u8 [b n *s])."""
 
     def local(params, evidence, batch, key):
-        condition = _condition(model, params, evidence, batch["present"])
+        condition = condition_of(model, params, evidence, batch["present"])
         first, members = segdiff_sampler.sample(
             _denoise(model, params, batch["body"]), condition, condition.fused.kappa, batch["case"], key,
             sampler=sampler, classes=model.classes, hypotheses=hypotheses, chunk=min(MEMBERS, hypotheses),
@@ -150,7 +151,7 @@ def probe_at(
             sampler=sampler, shape=availability.shape[2:], classes=model.classes,
         )  # fmt: skip
 
-    fused = _condition(model, params, evidence, batch["present"]).fused
+    fused = condition_of(model, params, evidence, batch["present"]).fused
     return probing.probe(one_step, batch["present"], fused.kappa, fused.weights, label)
 
 
@@ -216,99 +217,10 @@ def one_step(params: Any, volume: Volume, key: Array, *, multiple: int, **static
     return pipeline.crop(maps["one_step"], volume)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mesh"))
-def encoded_sums(params: Any, batch: dict[str, Array], *, model: EnTrust, mesh: Mesh) -> dict[str, Array]:
-    """What the encoder says of a chunk, summed over the space of each of its elements; nothing is drawn.
-
-    features: c_m and u_m of all scales, side by side, each sum over the voxels of its scale's body; sizes: the voxels
-    of the body at the scale of each feature. other [b m 2]: error of the image redrawn from F_c and u_m, and entropy of
-    p_m; pairs [b p]: kappa_mn; of these `redrawn` and `inside` are the numbers of voxels.
-    """
-
-    def total(x: Array, weight: Array) -> Array:  # [b a *t] or [b a *t d] -> [b a] or [b a d]
-        weight = weight.reshape(weight.shape[0], 1, *weight.shape[1:], *(1,) * (x.ndim - weight.ndim - 1))
-        return jnp.sum(x.astype(jnp.float32) * weight, axis=tuple(range(2, 2 + batch["body"].ndim - 1)))
-
-    def local(params, batch):
-        evidence = apply(model, params, batch["image"], batch["coordinates"], batch["body"], method="encode")
-        fused = _condition(model, params, evidence, batch["present"]).fused
-        body = batch["body"].astype(jnp.float32)
-        space, sums, sizes = body.shape[1:], [], []
-        for c, u in zip(evidence.c, evidence.u, strict=True):
-            inside = (_block_means(body, c.shape[2:-1]) > 0.5).astype(jnp.float32)
-            sums.append(total(jnp.concatenate([c, u], axis=-1), inside))
-            size = jnp.sum(inside, axis=tuple(range(1, inside.ndim)))
-            sizes.append(jnp.broadcast_to(size[:, None], (len(size), sums[-1].shape[-1])))
-        at = evidence.u[1].shape[2:-1]
-        shared = jnp.broadcast_to(fused.F_c[1][:, None], evidence.c[1].shape)
-        _, image = apply(
-            model, params, fused, shared, fused.F_u[1], method=lambda module, *parts: module.auxiliary(*parts)
-        )
-        inside = (_block_means(body, at) > 0.5).astype(jnp.float32)
-        rows = batch["image"].reshape(-1, *space)
-        error = jnp.abs(image - _block_means(rows, at).reshape(image.shape))
-        entropy = statistics.entropy(jax.nn.softmax(evidence.logits.astype(jnp.float32), axis=-1))
-        return {
-            "features": jnp.concatenate(sums, axis=-1),
-            "sizes": jnp.concatenate(sizes, axis=-1),
-            "other": jnp.stack([total(error, inside), total(entropy, body)], axis=-1),
-            "pairs": total(fused.kappa_pairs, body),
-            "redrawn": jnp.sum(inside, axis=tuple(range(1, inside.ndim))),
-            "inside": jnp.sum(body, axis=tuple(range(1, body.ndim))),
-        }
-
-    return jax.shard_map(local, mesh=mesh, in_specs=(_WHOLE, _DATA), out_specs=_DATA, check_vma=False)(params, batch)
-
-
-def _block_means(x: Array, grid: tuple[int, ...]) -> Array:
-    """Means over the blocks that become one voxel of a coarser grid; the first axis is left alone."""
-    blocks = [n for size, cells in zip(x.shape[1:], grid, strict=True) for n in (cells, size // cells)]
-    return jnp.mean(x.reshape(len(x), *blocks), axis=tuple(range(2, 2 + 2 * len(grid), 2)))
-
-
 def pieces(volume: Volume, *, mesh: Mesh, multiple: int) -> Iterator[dict[str, np.ndarray]]:
     """The slices of a case in chunks; copies in the last one are not valid."""
     batch = pipeline.evaluation_slices(volume, multiple=multiple)
     yield from pipeline.chunks(batch, chunk_size(len(batch["valid"]), mesh))
-
-
-def describe(
-    params: Any, volume: Volume, batches: Iterable[dict[str, np.ndarray]], *, model: EnTrust, mesh: Mesh
-) -> dict[str, np.ndarray]:
-    """The features of each modality of a case by which `ood` knows whether it looks like training's: group -> [m f].
-
-    encoder: means over the body of c_m and u_m at every scale, the logarithm of the error with which its image is
-    redrawn, the entropy of p_m, and the logarithm of the conflict with the modality that contradicts it most. texture:
-    `ood.texture`. look: `ood.spread`, the mean and deviation in the cells of the body's box (`survey.appearance`), and
-    the texture. NaN where a modality is missing. The encoder alone runs: seconds a scan, without hypotheses.
-
-    batches: the case's slices, or the windows of a network on volumes, whose overlaps count as often as they are seen.
-    """
-    parts = [
-        jax.tree.map(lambda x, piece=piece: np.asarray(x)[piece["valid"]].astype(np.float64).sum(axis=0), sums)
-        for piece in batches
-        for sums in [encoded_sums(params, piece, model=model, mesh=mesh)]
-    ]
-    sums = jax.tree.map(lambda *x: sum(x), *parts)
-    first, second = np.triu_indices(len(volume.present), 1)
-    both = volume.present[first] & volume.present[second]
-    found: dict[str, list[np.ndarray]] = {"encoder": [], "texture": [], "look": []}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        error, entropy = (sums["other"] / [sums["redrawn"], sums["inside"]]).T
-        kappa = sums["pairs"] / sums["inside"]
-        means = sums["features"] / sums["sizes"]
-    for m in range(len(volume.present)):
-        mine = kappa[both & ((first == m) | (second == m))]
-        contested = np.log(mine.max() + 1e-3) if mine.size else np.nan
-        texture = ood.texture(volume.image[m], volume.body)
-        look = (ood.spread(volume.image[m], volume.body), survey.appearance(volume, m), texture)
-        found["encoder"].append(np.append(means[m], [np.log(error[m] + 1e-3), entropy[m], contested]))
-        found["texture"].append(texture)
-        found["look"].append(np.concatenate(look))
-    return {
-        name: np.where(volume.present[:, None] & np.isfinite(rows), np.stack(rows), np.nan)
-        for name, rows in found.items()
-    }
 
 
 def active_slices(one_step: np.ndarray, body: np.ndarray) -> np.ndarray:

@@ -1,64 +1,50 @@
 """python -m entrust_jax.train --config=configs/X.py [--workdir=W] [--config.KEY=VALUE ...]
 
 Trains a method in its stages, into a working folder that explains itself and is all that predict and evaluate need.
-Started again with the same folder, it goes on where it stopped.
+Started again with the same folder, it goes on where it stopped. This file is the order of events; what a stage
+minimises, its compiled programs, its validation and what calibrators are fitted on lie in `training`.
 """
 
 import contextlib
-import dataclasses
-import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from entrust_jax import api, cli, inference
-from entrust_jax import model as entrust
-from entrust_jax.baselines import unet
-from entrust_jax.data import augment, dataset, intensity, layouts, pipeline, preprocess, resampling
+from entrust_jax import api, cli, networks
+from entrust_jax.data import augment, dataset, pipeline, preprocess, resampling
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
-from entrust_jax.report import output
-from entrust_jax.runtime import aside, checkpoint, logs, mesh
-from entrust_jax.runtime.state import TrainState, create, ema_decay, update_ema
-from entrust_jax.segdiff.objective import bin_levels
+from entrust_jax.runtime import checkpoint, logs, mesh
+from entrust_jax.runtime.state import TrainState
+from entrust_jax.training.calibration_data import calibration_set
+from entrust_jax.training.programs import Compiled, compile_stage
+from entrust_jax.training.stages import (
+    Batch,
+    Stage,
+    initial_state,
+    members,
+    optimiser,
+    plan_stages,
+    start_from,
+    step_key,
+)
+from entrust_jax.training.validation import validate, validation_batches, warn_of_lost_conflict
+from entrust_jax.training.values import check_values
 from entrust_jax.trustmap import calibration, case, conformal, ood
 
-Batch = dict[str, Array]
-Loss = Callable[..., tuple[Array, dict[str, Array]]]
-
 NETWORK_STAGES = {"entrust": ("enfuse", "segdiff"), "unet": ("unet",), "deep_ensemble": ("unet",)}
-SLOW = 0.1  # learning rate of EnFuse relative to SegDiff in stage 2a
-KAPPA_ALARM = 0.5  # mean conflict on training cases, relative to validation, below which overfitting has eaten it
 MAX_BAD_STEPS = 20  # consecutive steps without a finite gradient before the run gives up
-WORTH_A_PROCESS = 100  # steps that win back the seconds which a process of its own for compiling costs
 CHECKPOINT_SECONDS = 120  # the most work that a killed run repeats
 USUAL_CASES, REFERENCE_CASES = 100, 200  # at most, that say how training's scans look and how far others may lie
 HELD = 4  # cases that are in memory at once for that
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One training stage. `begin` and `steps` count global optimiser steps; `rates` maps a parameter group to its
-
-    learning-rate factor (0 = frozen).
-    """
-
-    name: str
-    begin: int
-    steps: int
-    loss: Loss
-    rates: dict[str, float]
-    learning_rate: float
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     config = planned(flags.FLAGS.config, workdir)
     check(workdir, config)
     cli.setup_devices(at_most=config.train.batch)
-    network = api.network_of(config)
+    network = networks.network_of(config)
     run(config, workdir, network, plan_stages(config, network))
     guarantee(workdir)
     reference(workdir)
@@ -128,8 +114,8 @@ def check(workdir: Path, config: Any) -> None:
     if config.method not in NETWORK_STAGES:
         raise UserError(f"config.method is {config.method!r}; set it to one of {', '.join(NETWORK_STAGES)}")
     check_values(config)
-    data, side = config.data, api.coarsest(config)
-    unplanned = api.volumetric(config) and not config.model.strides  # whatever they will be, they divide the patch
+    data, side = config.data, networks.coarsest(config)
+    unplanned = networks.volumetric(config) and not config.model.strides  # whatever they will be, they divide the patch
     if not unplanned and any(size % unit for size, unit in zip(data.patch, side, strict=True)):
         words = " x ".join(map(str, side))
         raise UserError(f"config.data.patch is {tuple(data.patch)}; give multiples of {words}, for the coarsest scale")
@@ -155,48 +141,6 @@ def check(workdir: Path, config: Any) -> None:
             )
 
 
-def check_values(config: Any) -> None:
-    """Values that make no sense, also those that are needed only after hours of training."""
-    data, counts = config.data, {
-        "train": ("batch", "draws", "log_every", "eval_every", "val_slices", "calibration_slices", "head_steps"),
-        "model": ("d_c", "d_u", "space_to_depth"),
-        "unet": ("members",),
-        "diffusion": ("hypotheses",),
-    }  # fmt: skip
-    for section, names in counts.items():
-        for name in names:
-            if config[section][name] < 1:
-                raise UserError(f"config.{section}.{name} is {config[section][name]}; give at least 1")
-    for name, value in config.trust.items():
-        if not 0 < value < 1:
-            raise UserError(f"config.trust.{name} is {value}; give a share between 0 and 1, both left out")
-    for section in ("model", "unet"):
-        if not config[section].widths or min(config[section].widths) < 1:
-            raise UserError(f"config.{section}.widths is {tuple(config[section].widths)}; give one width a scale")
-    if not isinstance(data.patch, tuple | list) or len(data.patch) not in (2, 3) or min(data.patch) < 1:
-        raise UserError(
-            f"config.data.patch is {data.patch}; give the height and width of the training patches, or depth, height "
-            "and width to train on volumes"
-        )
-    layouts.known_names(tuple(data.modalities), data.names.to_dict())
-    output.label_values(data.label_map, len(data.classes))
-    for value, index in data.label_map:
-        if not preprocess.IGNORED <= index < len(data.classes):
-            raise UserError(
-                f"config.data.label_map gives value {value} the class index {index}; config.data.classes has "
-                f"{len(data.classes)}, so give 0 to {len(data.classes) - 1}, or -1 for voxels that do not count"
-            )
-    for name, members in data.regions.items():
-        if not members or not all(0 <= index < len(data.classes) for index in members):
-            raise UserError(
-                f"config.data.regions.{name} is {tuple(members)}; give class indices from 0 to {len(data.classes) - 1}"
-            )
-    intensity.rules_of(data.intensity.to_dict(), tuple(data.modalities))
-    augment.settings_of(data)
-    resampling.asked_spacing(data.spacing)
-    inference.sampler_of(config)
-
-
 def claim(workdir: Path, config: Any) -> None:
     """Writes what the folder is for, once nothing can be wrong with config or data: from here on it has one config."""
     logs.write_json(workdir / "config.json", json.loads(config.to_json()))
@@ -208,172 +152,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix.removesuffix("."): tree}
     return {k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
-
-
-def plan_stages(config: Any, network: Any) -> list[Stage]:
-    """The stages of the config's method."""
-    t, d = config.train, config.diffusion
-    if config.method != "entrust":
-        loss = functools.partial(_unet_loss, network, dice=config.unet.dice)
-        return [Stage("unet", 0, t.unet_steps, loss, {"all": 1.0}, t.learning_rate)]
-    first = Stage(
-        "enfuse", 0, t.enfuse_steps, functools.partial(_enfuse_loss, network, steps=t.enfuse_steps),
-        {"enfuse": 1.0, "prior": 1.0, "segdiff": 0.0}, t.learning_rate,
-    )  # fmt: skip
-    segdiff = functools.partial(_segdiff_loss, network, low=d.lambda_min, high=d.lambda_max, draws=t.draws)
-    second = Stage(
-        "segdiff", t.enfuse_steps, t.segdiff_steps, segdiff,
-        {"enfuse": SLOW, "prior": 0.0, "segdiff": 1.0}, t.learning_rate,
-    )  # fmt: skip
-    return [first, second]
-
-
-def _enfuse_loss(network: Any, params: Any, batch: Batch, key: Array, step: Array, *, steps: int, **options: Any):
-    return entrust.enfuse_loss(network, params, batch, key, step / max(steps, 1), **options)
-
-
-def _segdiff_loss(network: Any, params: Any, batch: Batch, key: Array, step: Array, **options: Any):
-    del step
-    return entrust.segdiff_loss(network, params, batch, key, **options)
-
-
-def _unet_loss(network: Any, params: Any, batch: Batch, key: Array, step: Array, *, dice: float):
-    del step
-    return unet.loss(network, params, batch, key, dice=dice)
-
-
-def parameter_group(path: tuple[Any, ...]) -> str:
-    """Which of a stage's `rates` a parameter of EnTrust follows."""
-    names = [entry.key for entry in path]
-    if "prior" in names:
-        return "prior"
-    return "segdiff" if {"denoiser", "projection"} & set(names) else "enfuse"
-
-
-def optimiser(config: Any, stage: Stage) -> optax.GradientTransformation:
-    """AdamW with warm-up and cosine decay, gradients clipped to norm 1, each group at its rate."""
-    warmup = min(100, max(1, stage.steps // 10))
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, stage.learning_rate, warmup, max(stage.steps, warmup + 1), 0.02 * stage.learning_rate
-    )
-    groups: dict[Hashable, optax.GradientTransformation] = {
-        name: optax.scale(rate) if rate else optax.set_to_zero() for name, rate in stage.rates.items()
-    }
-    label = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: parameter_group(path))
-    if set(groups) == {"all"}:
-        label = functools.partial(jax.tree.map, lambda _: "all")
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, weight_decay=config.train.weight_decay),
-        optax.partition(groups, label),
-    )
-
-
-def train_step(
-    state: TrainState, batch: Batch, key: Array, *, loss: Loss, tx: optax.GradientTransformation, decay: float
-) -> tuple[TrainState, dict[str, Array]]:
-    """One optimiser step of one network: pure. A loss or gradient that is not finite changes nothing but `step`."""
-    key = jax.random.fold_in(key, state.step)
-    (value, figures), gradient = jax.value_and_grad(loss, has_aux=True, argnums=0)(state.params, batch, key, state.step)
-    norm = optax.global_norm(gradient)
-    finite = jnp.isfinite(value) & jnp.isfinite(norm)
-    updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = update_ema(state.ema, params, ema_decay(state.step, decay))
-    new = (params, ema, opt_state)
-    params, ema, opt_state = jax.tree.map(
-        lambda a, b: jnp.where(finite, a, b), new, (state.params, state.ema, state.opt_state)
-    )
-    figures = figures | {"gradient_norm": norm, "finite": finite}
-    return TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state), figures
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """A stage's programs, compiled for the mesh: the step, the validation of a batch, shapes and cost."""
-
-    call: Callable[..., tuple[TrainState, dict[str, Array]]]
-    validate: Callable[..., Any]
-    abstract: TrainState
-    compile_seconds: float
-    step_seconds: float
-    memory_mb: float
-
-
-def members(config: Any) -> int:
-    """Networks trained at once."""
-    return 1 if config.method == "entrust" else unet.members(config)
-
-
-def step_shapes(config: Any, stage: Stage, devices: Any) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
-    """The state and the batch of a stage's step, as shapes on the mesh."""
-    whole, split = mesh.replicated(devices), mesh.batch_sharding(devices)
-    state = jax.eval_shape(lambda: initial_state(config, optimiser(config, stage)))
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
-    batch = api.example_batch(config, mesh.round_to_devices(config.train.batch, devices))
-    if config.method != "entrust":
-        n = members(config)
-        split = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(None, *split.spec))
-        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), batch)
-    return state, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
-
-
-def lower_stage(config: Any, network: Any, stage: Stage, devices: int) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
-    """A stage's step and its validation on the first `devices` devices, traced from shapes alone."""
-    on = mesh.data_mesh(jax.devices()[:devices])
-    step = functools.partial(train_step, loss=stage.loss, tx=optimiser(config, stage), decay=config.train.ema)
-    if config.method != "entrust":
-        step = unet.over_members(step)
-    state, batch = step_shapes(config, stage, on)
-    lowered = jax.jit(step, donate_argnums=0, out_shardings=mesh.replicated(on)).lower(
-        state, batch, step_key(config, stage)
-    )
-    one = api.example_batch(config, mesh.round_to_devices(config.train.batch, on))
-    split = mesh.batch_sharding(on)
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), one)
-    validation = functools.partial(validate_batch, config, network, stage)
-    return lowered, jax.jit(validation, out_shardings=mesh.replicated(on)).lower(state.ema, one)
-
-
-def compile_stage(config: Any, network: Any, stage: Stage, devices: Any) -> Compiled:
-    """Compiles a stage's step and validation, and times two steps on an empty batch."""
-    began = time.perf_counter()
-    call, validate = aside.compiled(
-        lower_stage, config, network, stage, devices.size, child=stage.steps >= WORTH_A_PROCESS
-    )
-    compile_seconds = time.perf_counter() - began
-
-    abstract, batch = step_shapes(config, stage, devices)
-    empty = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), batch)
-    seconds = step_seconds(config, stage, call, devices, [empty, empty])
-    memory = call.memory_analysis()
-    used = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
-    return Compiled(call, validate, abstract, compile_seconds, seconds, used / 2**20)
-
-
-def step_seconds(config: Any, stage: Stage, call: Callable[..., Any], devices: Any, batches: Sequence[Batch]) -> float:
-    """Seconds of a step: the least of one on each of these batches, after a first one that also faults memory in."""
-    tx, whole = optimiser(config, stage), mesh.replicated(devices)
-    state, key = jax.jit(lambda: initial_state(config, tx), out_shardings=whole)(), step_key(config, stage)
-    times = []
-    for batch in (batches[0], *batches):
-        began = time.perf_counter()
-        state, _ = call(state, batch, key)
-        jax.block_until_ready(state)
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
-
-
-def initial_state(config: Any, tx: optax.GradientTransformation) -> TrainState:
-    """Random parameters and optimiser state; call inside jit."""
-    params = api.init_params(config, jax.random.key(config.seed))
-    return create(params, tx) if config.method == "entrust" else jax.vmap(lambda p: create(p, tx))(params)
-
-
-def step_key(config: Any, stage: Stage) -> Array:
-    """The key that a stage folds its step into; one per member for U-Nets."""
-    key = jax.random.fold_in(jax.random.key(config.seed), stage.begin + 1)
-    return key if config.method == "entrust" else jax.random.split(key, members(config))
 
 
 def print_plan(config: Any, stages: list[Stage], programs: dict[str, Compiled], devices: Any, workdir: Path) -> None:
@@ -489,13 +267,6 @@ def train_network(
                 stop(workdir, end)
 
 
-def start_from(config: Any, stage: Stage, params: Any, devices: Any) -> TrainState:
-    """A fresh optimiser and average on given parameters."""
-    tx = optimiser(config, stage)
-    make = create if config.method == "entrust" else jax.vmap(create, in_axes=(0, None))
-    return jax.jit(lambda p: make(p, tx), out_shardings=mesh.replicated(devices))(params)
-
-
 def run_stage(
     config: Any,
     workdir: Path,
@@ -539,7 +310,7 @@ def run_stage(
             if evaluate or now % t.log_every == 0:
                 row = {"step": stage.begin + now, "stage": stage.name} | summarise(figures, config)
                 if evaluate:
-                    row |= validate(stage, programs, state.ema, validation)
+                    row |= validate(stage, programs.validate, state.ema, validation)
                     warn_of_lost_conflict([*logs.read_rows(rows), row], stage, t.eval_every)
                     keep_best(best, stage, stage.begin + now, state.ema, row["val/score"])
                 logs.append_row(rows, row)
@@ -599,74 +370,6 @@ def summarise(figures: dict[str, Array], config: Any) -> dict[str, float]:
     return {name: float(np.mean(value)) for name, value in values.items()} | row
 
 
-def warn_of_lost_conflict(rows: list[dict[str, Any]], stage: Stage, interval: int) -> None:
-    """Says so when the unimodal heads have fitted the training cases so well that their conflict is gone there.
-
-    `rows` are those of metrics.jsonl, the last of them validated; training's kappa is the mean over the last
-    `interval` steps.
-    """
-    last = rows[-1]
-    begin = max(stage.begin, last["step"] - interval)
-    seen = [row["kappa"] for row in rows if row.get("step", 0) > begin and row.get("kappa") is not None]
-    if seen and last.get("val/kappa") and np.mean(seen) < KAPPA_ALARM * last["val/kappa"]:
-        print(
-            f"warning: step {last['step']}: mean conflict is {np.mean(seen):.4f} on training cases and "
-            f"{last['val/kappa']:.4f} on validation cases: the modality heads overfit; train fewer steps, or on more "
-            "cases",
-            flush=True,
-        )
-
-
-def validation_batches(config: Any, volumes: list[Volume], devices: Any) -> list[Batch]:
-    """A fixed set of validation patches, drawn and weighted as in training but not augmented."""
-    size = mesh.round_to_devices(config.train.batch, devices)
-    data = pipeline.training_dataset(
-        volumes, batch=size, patch=tuple(config.data.patch), seed=config.seed + 1,
-        foreground_share=config.data.foreground_share, augment=False,
-    )  # fmt: skip
-    count = max(1, -(-config.train.val_slices // size))
-    return [mesh.shard_batch(pipeline.batch_at(data, i), devices) for i in range(count)]
-
-
-def levels_of(config: Any, stage: Stage) -> Float[np.ndarray, " levels"]:
-    """The levels of log SNR at which EnTrust is validated: the first alone while the denoiser is not trained yet."""
-    levels = bin_levels(config.diffusion.lambda_min, config.diffusion.lambda_max)
-    return levels[:1] if stage.name == "enfuse" else levels
-
-
-def validate_batch(config: Any, network: Any, stage: Stage, params: Any, batch: Batch) -> Any:
-    """What `validate` averages, of one batch: cross-entropy by level, of the modality heads, and kappa; of U-Nets, by
-
-    member, the cross-entropy.
-    """
-    if stage.name == "unet":
-        return unet.over_members(lambda p: unet.validate(network, p, batch))(params)
-    levels = jnp.asarray(levels_of(config, stage))
-    return entrust.validate(network, params, batch, levels, jax.random.key(config.seed))
-
-
-def validate(stage: Stage, programs: Compiled, ema: Any, batches: list[Batch]) -> dict[str, float]:
-    """Validation figures of EMA parameters. `val/score` is what `best` goes by: CE of the unimodal heads in stage 1,
-
-    of the denoiser at lambda_min in stage 2a, of the (mean) member for U-Nets.
-    """
-    weight = np.concatenate([np.asarray(b["weight"] * b["valid"]) for b in batches])
-    found = [jax.tree.map(np.asarray, programs.validate(ema, batch)) for batch in batches]
-
-    def mean(parts):
-        return float(np.sum(weight * np.concatenate(parts)) / np.sum(weight))
-
-    if stage.name == "unet":
-        score = mean([by_member.mean(axis=0) for by_member in found])
-        return {"val/ce": score, "val/score": score}
-    row = {"val/unimodal": mean([u for _, u, _ in found]), "val/kappa": mean([k for _, _, k in found])}
-    if stage.name == "enfuse":
-        return row | {"val/score": row["val/unimodal"]}
-    levels = len(found[0][0])
-    per_level = {f"val/ce_bin_{i}": mean([ce[i] for ce, _, _ in found]) for i in range(levels)}
-    return row | per_level | {"val/score": per_level["val/ce_bin_0"]}
-
-
 def keep_best(best: Any, stage: Stage, step: int, ema: Any, score: float) -> None:
     """Saves EMA parameters that are better than any of this stage's before."""
     meta = checkpoint.read_meta(best)
@@ -679,7 +382,7 @@ def keep_best(best: Any, stage: Stage, step: int, ema: Any, score: float) -> Non
 
 def best_params(config: Any, workdir: Path, devices: Any) -> Any:
     """The EMA parameters of `best`, whole on every device."""
-    abstract = jax.eval_shape(lambda: api.init_params(config, jax.random.key(config.seed)))
+    abstract = jax.eval_shape(lambda: networks.init_params(config, jax.random.key(config.seed)))
     with contextlib.closing(checkpoint.open_manager(workdir / "checkpoints" / "best", read_only=True)) as manager:
         restored = checkpoint.restore_best(manager, abstract)
     if restored is None:
@@ -691,7 +394,7 @@ def threshold(config: Any, network: Any, params: Any, volumes: list[Volume], dev
     """Stage 3: the one-step foreground threshold with the best Dice on validation cases."""
     pairs = []
     for volume in volumes:
-        p = api.one_step_with(config, network, params, devices, volume)
+        p = networks.one_step_with(config, network, params, devices, volume)
         pairs.append((p, np.where(volume.body, preprocess.labels_of(volume), -1)))
     tau, dice = case.choose_threshold(pairs)
     print(f"threshold: {tau:.2f} (validation Dice {np.max(dice):.3f}, {len(volumes)} cases)", flush=True)
@@ -717,56 +420,6 @@ def calibrate(
     for name, row in table.items():
         mark = " <- chosen" if name == found["chosen"] else ""
         print(f"  {name:18s} NLL {row['nll']:.5f}{mark}")
-
-
-def calibration_set(
-    config: Any, network: Any, params: Any, tau: float, volumes: list[Volume], devices: Any
-) -> calibration.CalibrationSet:
-    """What the frozen network says of the calibration patients, with what is true."""
-    slices = []
-    patients = sorted({volume.patient for volume in volumes})
-    with logs.progress("calibration", len(volumes)) as show:
-        for i, volume in enumerate(volumes):
-            raw = api.examine_with(config, network, params, devices, tau, volume, config.train.calibration_slices)
-            slices.append(calibration_slices(raw, volume, patients.index(volume.patient), config.seed))
-            show(i + 1)
-    return join(slices)
-
-
-def join(parts: Sequence[calibration.CalibrationSet]) -> calibration.CalibrationSet:
-    """One set of the slices of many cases, padded to the largest in-plane size with voxels of weight 0 and label -1."""
-    size = np.max([part.label.shape[1:] for part in parts], axis=0)
-
-    def padded(part: calibration.CalibrationSet, name: str) -> np.ndarray:
-        value = getattr(part, name)
-        if value.ndim == 1:
-            return value
-        more = [(0, 0), *((0, int(n - m)) for n, m in zip(size, value.shape[1:3], strict=True))]
-        more += [(0, 0)] * (value.ndim - 3)
-        return np.pad(value, more, constant_values=-1 if name == "label" else 0)
-
-    names = [f.name for f in dataclasses.fields(calibration.CalibrationSet)]
-    return calibration.CalibrationSet(*(np.concatenate([padded(part, name) for part in parts]) for name in names))
-
-
-def calibration_slices(raw: inference.Raw, volume: Volume, patient: int, seed: int) -> calibration.CalibrationSet:
-    """The examined slices of one case, with importance-sampled pixels; for R raters R times, at 1 / R of the weight."""
-    kept = raw["kept"]
-    body, labels = volume.body[kept], preprocess.labels_of(volume)
-    delivered = raw["label"]
-    inputs, _ = calibration.features(raw, volume.present)
-    rng = np.random.default_rng([seed, volume.number])
-    weight = calibration.importance_weights(raw["entropy"], raw["border"], body, rng)
-    first = calibration.CalibrationSet(
-        features=inputs,
-        one_step=calibration.log_probability(raw["one_step"]),
-        mean=calibration.log_probability(raw["mean"]),
-        label=labels[0][kept],
-        delivered=delivered.astype(np.int32),
-        weight=weight * raw["slice_weight"][:, None, None] / len(labels),
-        patient=np.full(len(kept), patient),
-    )
-    return join([dataclasses.replace(first, label=label[kept]) for label in labels]) if len(labels) > 1 else first
 
 
 def guarantee(workdir: Path) -> None:
@@ -860,7 +513,5 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    from entrust_jax import train  # under its own name, by which a process that compiles finds its functions
-
-    train.define_flags()
-    cli.run(train.main, required=["config"])
+    define_flags()
+    cli.run(main, required=["config"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from entrust_jax import api, train
+from entrust_jax import api, networks, train
 from entrust_jax.data import augment, dataset, layouts
 from entrust_jax.errors import UserError
 
@@ -20,7 +20,7 @@ SCANS = [name for name in SETS if name != "phantom"]
 def test_a_config_passes_the_checks_of_train(name, tmp_path):
     config = importlib.import_module(f"configs.{name}").get_config()
     train.check(tmp_path / "nothing", config)
-    assert config.is_locked and api.network_of(config).classes == len(config.data.classes)
+    assert config.is_locked and networks.network_of(config).classes == len(config.data.classes)
     assert config.data.regions and config.data.layout in {*layouts.LAYOUTS, "phantom"}
 
 

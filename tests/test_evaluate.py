@@ -12,12 +12,12 @@ import pytest
 from entrust_jax import errors, evaluate
 from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
-from entrust_jax.metrics import calibration, lesions, summary, surface
+from entrust_jax.metrics import calibration, comparison, lesions, scoring, summary, surface
 from entrust_jax.report import output as output_files
 from entrust_jax.runtime.mesh import data_mesh
 
 SHAPE = (4, 32, 32)
-TARGETS = summary.Targets(("background", "core", "rim"), {"whole": (1, 2)})
+TARGETS = scoring.Targets(("background", "core", "rim"), {"whole": (1, 2)})
 
 
 def volume(i, patient=None):
@@ -142,7 +142,7 @@ def test_figures_of_many_patients(plain):
 def test_figures_in_millimetres_name_their_convention(plain):
     found = summary.summarise(plain, TARGETS, resamples=50)
     assert found["nsd"]["convention"] == "area_weighted" and found["nsd_voxels"]["convention"] == "voxels"
-    assert found["nsd"]["tolerance_mm"] == summary.NSD_TOLERANCE
+    assert found["nsd"]["tolerance_mm"] == scoring.NSD_TOLERANCE
     assert {key: found["lesion_dice"][key] for key in ("rule", "dilation", "floor_mm3", "empty")} == {
         "rule": "glioma",
         "dilation": 3,
@@ -156,10 +156,10 @@ def test_figures_in_millimetres_name_their_convention(plain):
     values = plain[4].values
     assert values["hd95_area_weighted/whole"] == surface.hd95(guess, truth, case.spacing, "area_weighted")
     for key, convention in (("nsd", "area_weighted"), ("nsd_voxels", "voxels")):
-        assert values[f"{key}/whole"] == surface.nsd(guess, truth, case.spacing, summary.NSD_TOLERANCE, convention)
+        assert values[f"{key}/whole"] == surface.nsd(guess, truth, case.spacing, scoring.NSD_TOLERANCE, convention)
     for key, value in lesions.scores(guess, truth, case.spacing, lesions.RULES["glioma"]).items():
         assert values[f"{key}/whole"] == value
-    few = summary.Targets(TARGETS.classes, TARGETS.regions, lesion_rule="metastases")
+    few = scoring.Targets(TARGETS.classes, TARGETS.regions, lesion_rule="metastases")
     other = evaluate.score_predictions({"m": predict(case)}, {"m": case}, few)["m"].values
     assert other["lesions_spurious/whole"] >= values["lesions_spurious/whole"] and other["nsd"] == values["nsd"]
 
@@ -170,7 +170,7 @@ def test_a_single_slice_has_a_contour():
     slice_ = {key: value[1:2] if isinstance(value, np.ndarray) else value for key, value in whole.items()}
     label, everywhere = case.label[1:2], np.ones((1, *SHAPE[1:]), bool)
     slice_["label"] = np.roll(label, 3, axis=2).astype(np.uint8)
-    values = summary.score_case(
+    values = scoring.score_case(
         slice_, label[None], everywhere, (9.0, 1.0, 1.0), everywhere, TARGETS, name="c", patient="p"
     ).values
     guess, truth = slice_["label"] == 1, label == 1
@@ -178,7 +178,7 @@ def test_a_single_slice_has_a_contour():
     for key, convention in pairs.items():
         assert values[f"{key}/core"] == surface.hd95(guess[0], truth[0], (1.0, 1.0), convention)
     # As a volume of one slice all of it would be surface, most of which lies on the other's.
-    assert values["nsd/core"] < surface.nsd(guess, truth, (9.0, 1.0, 1.0), summary.NSD_TOLERANCE, "area_weighted")
+    assert values["nsd/core"] < surface.nsd(guess, truth, (9.0, 1.0, 1.0), scoring.NSD_TOLERANCE, "area_weighted")
 
 
 def test_masks_that_are_empty_are_charged_or_left_out_and_counted():
@@ -189,7 +189,7 @@ def test_masks_that_are_empty_are_charged_or_left_out_and_counted():
         summary.summarise([evaluate.score_predictions({"m": dict(blind)}, {"m": c}, TARGETS)["m"]], TARGETS)
         for c in (none, case)
     )
-    for key in summary.GEOMETRY:
+    for key in scoring.GEOMETRY:
         nothing = {"lesion_dice": 1, "lesion_hd95": 0, "lesion_f1": 1}.get(key)  # as BraTS 2023 has it
         assert both[key]["value"] == nothing and both[key]["empty"] == (nothing is None), key
         expected = None if key.startswith("hd95") else 374.0 if key == "lesion_hd95" else 0.0
@@ -242,10 +242,10 @@ def test_dice_that_a_prediction_estimates_counts_empty_classes_as_right():
 def test_a_gap_above_its_bound_fails_the_tower_check():
     p = np.full((10, 2), 0.5, np.float32)
     body = np.ones(10, bool)
-    gap, bound, count = summary.tower_sums(np.full(10, 0.3, np.float32), p, body, 16)
+    gap, bound, count = scoring.tower_sums(np.full(10, 0.3, np.float32), p, body, 16)
     assert count == 10 and gap / count == pytest.approx(0.3)
     assert bound / count == pytest.approx(0.92 * 0.5 / 4 + 0.02)
-    assert summary.tower_sums(np.ones(10, np.float32), p * 0 + np.float32([0.95, 0.05]), body, 16)[2] == 0
+    assert scoring.tower_sums(np.ones(10, np.float32), p * 0 + np.float32([0.95, 0.05]), body, 16)[2] == 0
 
 
 @pytest.mark.parametrize(("share", "holds"), [(0.0, True), (0.25, False)])
@@ -254,7 +254,7 @@ def test_tower_holds_for_draws_of_the_marginal_and_fails_for_a_shifted_sampler(s
     p = rng.uniform(0, 1, (1, 40, 40)).astype(np.float32)
     votes = (rng.random((16, *p.shape)) < p + share * (1 - p)).mean(0).astype(np.float32)
     body = np.ones(p.shape, bool)
-    gap, bound, count = summary.tower_sums(np.abs(p - votes), np.stack([1 - votes, votes], -1), body, 16)
+    gap, bound, count = scoring.tower_sums(np.abs(p - votes), np.stack([1 - votes, votes], -1), body, 16)
     assert count == ((votes > 0.1) & (votes < 0.9)).sum()
     assert (gap <= bound) == holds
 
@@ -285,7 +285,7 @@ def test_roi_does_not_know_the_truth():
 
 
 def test_comparison_is_paired(plain, sharp):
-    found = summary.compare({"ours": sharp, "other": plain}, resamples=200)
+    found = comparison.compare({"ours": sharp, "other": plain}, resamples=200)
     assert found["reference"] == "ours"
     same = found["differences"]["other"]["dice"]  # the same masks
     assert same["value"] == 0 and same["ci95"] == [0, 0] and same["p"] is None
@@ -293,13 +293,13 @@ def test_comparison_is_paired(plain, sharp):
     assert ece["ci95"][1] < 0 and ece["p_holm"] < 0.05 and ece["rank_biserial"] == -1
     assert "hypothesis_diversity" not in found["differences"]["other"]  # one method has no hypotheses
     assert found["differences"]["other"]["aurc"]["p"] is None
-    table = summary.comparison_table(found)
+    table = comparison.comparison_table(found)
     lines = table.strip().splitlines()
     assert len({line.count("|") for line in lines}) == 1
     for metric in ("hypothesis_diversity", "nsd", "lesion_dice", "lesion_f1"):
         assert any(line.startswith(f"| {metric}") for line in lines)
     with pytest.raises(ValueError, match="different cases"):
-        summary.compare({"a": plain, "b": plain[:-1]})
+        comparison.compare({"a": plain, "b": plain[:-1]})
 
 
 def test_results_of_one_method_are_written(tmp_path, plain):
@@ -434,7 +434,7 @@ def test_flow_with_a_made_up_model(tmp_path, monkeypatch, capsys):
         return predict(case)
 
     monkeypatch.setattr(evaluate.api, "predict_volume", predict_volume)
-    monkeypatch.setattr(evaluate.api, "multiple", lambda config: 16)
+    monkeypatch.setattr(evaluate.networks, "multiple", lambda config: 16)
     flags = types.SimpleNamespace(
         workdir=[str(tmp_path / "A"), str(tmp_path / "B")], data_dir=None, split="all", output=None, location=True,
         lesions="metastases",
@@ -467,12 +467,12 @@ def test_unimodal_dice_leaves_missing_modalities_out():
     prediction = predict(case)
     truth = np.eye(len(TARGETS.classes), dtype=np.float32)[np.maximum(case.label, 0)]
     prediction["unimodal"] = np.stack([truth, np.roll(truth, 1, axis=-1)])
-    targets = summary.Targets(TARGETS.classes, TARGETS.regions, ("A", "B"))
+    targets = scoring.Targets(TARGETS.classes, TARGETS.regions, ("A", "B"))
     roi = np.ones(case.label.shape, bool)
 
     def score(present):
         one = prediction | {"present": np.array(present)}
-        found = summary.score_case(
+        found = scoring.score_case(
             one, case.label[None], case.body, case.spacing, roi, targets, name="c", patient="p", permutations=10
         )
         return {key: value for key, value in found.values.items() if key.startswith("unimodal")}
@@ -587,10 +587,10 @@ def test_methods_are_compared_against_raters_at_equal_numbers_of_hypotheses_only
     cases = [rated(i, (0, 1)) for i in range(3)]
     many = [evaluate.score_predictions({"m": predict(c)}, {"m": c}, TARGETS)["m"] for c in cases]
     single = [evaluate.score_predictions({"m": predict(c, hypotheses=False)}, {"m": c}, TARGETS)["m"] for c in cases]
-    found = summary.compare({"many": many, "again": many, "single": single}, resamples=20)
+    found = comparison.compare({"many": many, "again": many, "single": single}, resamples=20)
     assert found["differences"]["again"]["ged2"]["value"] == 0
     assert "ged2" not in found["differences"]["single"] and "dice" in found["differences"]["single"]
     # A method without hypotheses has one, the delivered label: no diversity, but a distance to the raters.
     assert found["figures"]["single"]["ged2"]["hypotheses"] == 1 and found["figures"]["many"]["ged2"]["hypotheses"] == 5
     assert found["figures"]["single"]["diversity"]["value"] is None
-    assert single[0].values["d_max"] > 0 and "N=1)" in summary.comparison_table(found)
+    assert single[0].values["d_max"] > 0 and "N=1)" in comparison.comparison_table(found)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import made_up
 from entrust_jax import inference
 from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
@@ -28,33 +29,16 @@ KEY = jax.random.key(3)
 
 
 def volume(present=(True, True)) -> Volume:
-    """Random images of an odd in-plane size, so that padding is needed; label left out."""
-    rng = np.random.default_rng(0)
+    """Of an odd in-plane size, so that padding is needed."""
     body = np.ones((DEPTH, SIZE - 1, SIZE - 3), bool)
     body[:, :2] = False
-    image = rng.normal(size=(M, *body.shape)).astype(np.float32) * body
-    there = np.asarray(present)
-    return Volume(
-        name="case",
-        patient="case",
-        number=123,
-        image=image * there[:, None, None, None],
-        present=there,
-        label=None,
-        body=body,
-        coordinates=coordinates(body),
-        spacing=(3.0, 1.0, 1.0),
-        reference=None,
-    )
+    return made_up.volume(body, present)
 
 
 @functools.cache
 def params():
-    """Random in every entry, so that nothing is closed by a zero initialisation."""
     batch = inference.pipeline.evaluation_slices(volume(), multiple=SIZE)
-    shapes = jax.eval_shape(MODEL.init, {"params": KEY, "dropout": KEY}, batch, KEY)
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda leaf: (0.4 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
+    return made_up.parameters(MODEL.init, {"params": KEY, "dropout": KEY}, batch, KEY)
 
 
 def examine(devices, case=None, **options):
@@ -224,9 +208,7 @@ def test_a_model_of_one_modality_has_no_conflict_and_gives_all_credit_to_it():
     )
     model = dataclasses.replace(MODEL, modalities=1, parent=None)
     batch = inference.pipeline.evaluation_slices(case, multiple=SIZE)
-    shapes = jax.eval_shape(model.init, {"params": KEY, "dropout": KEY}, batch, KEY)
-    rng = np.random.default_rng(1)
-    own = jax.tree.map(lambda leaf: (0.4 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
+    own = made_up.parameters(model.init, {"params": KEY, "dropout": KEY}, batch, KEY)
     found = inference.examine(
         own, case, KEY, model=model, sampler=SAMPLER, mesh=data_mesh(jax.devices()[:1]), hypotheses=N, multiple=SIZE
     )
@@ -334,7 +316,7 @@ def chains(jaxpr, length):
 def test_a_step_of_the_chain_runs_the_denoiser_and_nothing_else(chunk):
     evidence, batch = chunk
     present, number = batch["present"], batch["case"]
-    fuse = functools.partial(inference._condition, MODEL, params())
+    fuse = functools.partial(inference.condition_of, MODEL, params())
     noisy, log_snr = jnp.zeros((len(number), SIZE, SIZE, K)), jnp.zeros(len(number))
     denoise = inference._denoise(MODEL, params(), batch["body"])
     once = jax.make_jaxpr(denoise)(noisy, log_snr, jax.eval_shape(fuse, evidence, present))
@@ -351,7 +333,7 @@ def test_a_step_of_the_chain_runs_the_denoiser_and_nothing_else(chunk):
 
 def test_pmap_of_the_sampler_draws_the_same_hypotheses(chunk, raw):
     def one_device(evidence, batch):
-        condition = inference._condition(MODEL, params(), evidence, batch["present"])
+        condition = inference.condition_of(MODEL, params(), evidence, batch["present"])
         denoise = inference._denoise(MODEL, params(), batch["body"])
         return segdiff_sampler.sample(
             denoise, condition, condition.fused.kappa, batch["case"], KEY, sampler=SAMPLER, classes=K, hypotheses=N
@@ -362,46 +344,3 @@ def test_pmap_of_the_sampler_draws_the_same_hypotheses(chunk, raw):
     assert members.shape == (8, N, SIZE - 1, SIZE - 3, K)
     labels = np.moveaxis(np.argmax(members, axis=-1), 1, 0)
     assert np.mean(labels != raw["hypotheses"]) < 2e-3
-
-
-# What each modality looks like ----------------------------------------------------------------------------------------
-
-
-def describe(devices, case):
-    mesh = data_mesh(jax.devices()[:devices])
-    return inference.describe(params(), case, inference.pieces(case, mesh=mesh, multiple=SIZE), model=MODEL, mesh=mesh)
-
-
-def test_a_modality_is_described_alike_whatever_the_chunks_and_by_itself(monkeypatch):
-    case = volume()
-    found = describe(1, case)
-    assert set(found) == set(inference.ood.GROUPS)
-    assert all(len(rows) == M and np.all(np.isfinite(rows).any(axis=1)) for rows in found.values())
-    assert found["encoder"].shape == (M, 3 * (4 + 4) + 3) and np.all(np.isfinite(found["encoder"]))
-    monkeypatch.setattr(inference, "CHUNK", 3)  # the last chunk is filled up with copies, which count nothing
-    other = describe(2, case)
-    for name, rows in found.items():
-        np.testing.assert_allclose(rows, other[name], rtol=1e-4, atol=1e-5, err_msg=name)
-
-    # By hand, at the first scale: the mean of c_m over the blocks of which more than half is body.
-    batch = inference.pipeline.evaluation_slices(case, multiple=SIZE)
-    images = [jnp.asarray(batch[name]) for name in ("image", "coordinates", "body")]
-    evidence = MODEL.apply(params(), *images, method="encode")
-    inside = batch["body"].reshape(DEPTH, SIZE // 2, 2, SIZE // 2, 2).mean(axis=(2, 4)) > 0.5
-    expected = np.moveaxis(np.asarray(evidence.c[0]), 1, 0)[:, inside].mean(axis=1)
-    np.testing.assert_allclose(found["encoder"][:, :4], expected, rtol=1e-3, atol=1e-4)
-
-    image = case.image.copy()
-    image[1] *= 2
-    changed = describe(2, dataclasses.replace(case, image=image))
-    for name, rows in changed.items():  # but for what it takes two to see: redrawing from F_c, and the conflict
-        own = slice(None, -3) if name == "encoder" else slice(None)
-        np.testing.assert_allclose(rows[0, own], other[name][0, own], rtol=1e-4, atol=1e-5)
-        assert not np.allclose(rows[1], other[name][1], equal_nan=True)
-
-
-def test_a_missing_modality_is_not_described():
-    found = describe(8, volume(present=(False, True)))
-    for rows in found.values():
-        assert np.all(np.isnan(rows[0])) and np.any(np.isfinite(rows[1]))
-    assert np.isnan(found["encoder"][1, -1])  # no conflict with what is not there

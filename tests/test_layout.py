@@ -45,10 +45,8 @@ MATHS_LIBRARIES = {
     "typing",
     "warnings",
 }
-NETWORKS = (
-    "flax",
-    *(f"entrust_jax.{name}" for name in (*PARTS, "layers", "model", "inference", "api", "baselines")),
-)
+JOINED = ("layers", "model", "inference", "windows", "features", "networks", "training", "api", "baselines")
+NETWORKS = ("flax", *(f"entrust_jax.{name}" for name in (*PARTS, *JOINED)))
 
 
 def name_of(path: Path) -> str:

@@ -1,8 +1,6 @@
-"""The trainer's parts: what a step changes, what stops a run, what a folder keeps and refuses."""
+"""The trainer: what a run does with its steps, what stops it, what a folder keeps and refuses."""
 
 import contextlib
-import dataclasses
-import functools
 import json
 import shutil
 import signal
@@ -12,46 +10,15 @@ import jax
 import jax.numpy as jnp
 import nibabel
 import numpy as np
-import optax
 import pytest
 
 from configs import brats, glioma, phantom
-from entrust_jax import api, cli, train
-from entrust_jax.data import dataset, pipeline, preprocess
+from entrust_jax import cli, networks, train
+from entrust_jax.data import dataset, pipeline
 from entrust_jax.errors import UserError
-from entrust_jax.runtime import checkpoint, logs, mesh, state
-from entrust_jax.trustmap import calibration
-
-
-def quadratic(params, batch, key, step):
-    del key, step
-    value = jnp.sum(jnp.square(params["w"] - batch["x"]))
-    return value, {"loss": value}
-
-
-def kink(params, batch, key, step):
-    """Finite where its gradient is not: the square root at 0."""
-    del key, step
-    value = jnp.sqrt(jnp.sum(params["w"] * batch["x"]))
-    return value, {"loss": value}
-
-
-@pytest.mark.parametrize(
-    ("loss", "x", "finite"), [(quadratic, 2.0, True), (quadratic, np.inf, False), (kink, 0.0, False)]
-)
-def test_a_step_that_is_not_finite_changes_nothing_but_the_count(loss, x, finite):
-    tx = optax.adamw(0.1)
-    old = state.create({"w": jnp.arange(1.0, 4.0)}, tx)
-    old = old.replace(ema=jax.tree.map(lambda leaf: leaf + 1, old.params))  # so that an update would show
-    batch = {"x": jnp.full(3, x)}
-    new, figures = jax.jit(functools.partial(train.train_step, loss=loss, tx=tx, decay=0.9))(
-        old, batch, jax.random.key(0)
-    )
-    assert bool(figures["finite"]) == finite and int(new.step) == 1
-    changed = [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)]
-    assert sum(changed) == (6 if finite else 1)  # step; then params, ema, and count, mu and nu of Adam
-    if finite:  # EMA with the ramp of its decay, (1 + 0) / (10 + 0) at step 0
-        np.testing.assert_allclose(new.ema["w"], old.ema["w"] + 0.9 * (new.params["w"] - old.ema["w"]), rtol=1e-6)
+from entrust_jax.runtime import checkpoint, logs, mesh
+from entrust_jax.training.programs import compile_stage
+from entrust_jax.training.stages import Stage, initial_state, optimiser, plan_stages, step_key
 
 
 @pytest.fixture(scope="module")
@@ -69,22 +36,22 @@ def config():
 @pytest.fixture(scope="module")
 def run(config):
     """All that run_stage needs, compiled once: an object with stage, programs, network, volumes and devices."""
-    devices, network = mesh.data_mesh(), api.network_of(config)
-    (stage,) = train.plan_stages(config, network)
+    devices, network = mesh.data_mesh(), networks.network_of(config)
+    (stage,) = plan_stages(config, network)
     spec = dataset.phantom_spec(config.data)
     numbers = {"train": range(12), "val": range(12, 14), "calibration": range(14, 16)}
     return types.SimpleNamespace(
         devices=devices,
         network=network,
         stage=stage,
-        programs=train.compile_stage(config, network, stage, devices),
+        programs=compile_stage(config, network, stage, devices),
         volumes={part: dataset.phantom.volumes(spec, which, 0) for part, which in numbers.items()},
     )
 
 
 def begin(config, run):
-    tx = train.optimiser(config, run.stage)
-    init = jax.jit(lambda: train.initial_state(config, tx), out_shardings=mesh.replicated(run.devices))
+    tx = optimiser(config, run.stage)
+    init = jax.jit(lambda: initial_state(config, tx), out_shardings=mesh.replicated(run.devices))
     return init()
 
 
@@ -124,7 +91,7 @@ def test_an_infinite_scan_skips_its_steps_and_is_named(config, run, tmp_path, ca
             expected = expected.replace(step=expected.step + 1)
         else:
             placed = train.place(config, batch, run.devices)
-            expected, _ = run.programs.call(expected, placed, train.step_key(config, run.stage))
+            expected, _ = run.programs.call(expected, placed, step_key(config, run.stage))
     assert 0 < len(skipped) < run.stage.steps  # the seed shows both
     for ours, theirs in zip(jax.tree.leaves(final), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -217,7 +184,7 @@ def test_sigterm_is_ours_only_while_there_is_a_state_to_save(config, run, tmp_pa
 
 
 def test_only_a_better_score_of_the_stage_is_kept(tmp_path):
-    stages = [train.Stage(name, 0, 10, quadratic, {"all": 1.0}, 1e-3) for name in ("enfuse", "segdiff")]
+    stages = [Stage(name, 0, 10, lambda *_: (jnp.zeros(()), {}), {"all": 1.0}, 1e-3) for name in ("enfuse", "segdiff")]
     kept = []
     with contextlib.closing(checkpoint.open_manager(tmp_path)) as best:
         scores = [(0, 2.0), (0, 3.0), (0, float("nan")), (0, 1.0), (1, 5.0), (1, 6.0), (1, 4.0)]
@@ -225,41 +192,6 @@ def test_only_a_better_score_of_the_stage_is_kept(tmp_path):
             train.keep_best(best, stages[stage], step, {"w": jnp.float32(step)}, score)
             kept.append(checkpoint.read_meta(best)["step"])
     assert kept == [0, 0, 0, 3, 4, 4, 6]
-
-
-def entrust_config():
-    values = phantom.get_config()
-    values.data.patch = (16, 16)
-    values.model.update(widths=(4, 8), d_c=4, d_u=4)
-    return values
-
-
-def test_each_stage_moves_its_own_parameters():
-    config = entrust_config()
-    stages = train.plan_stages(config, api.network_of(config))
-    assert [(stage.name, stage.begin) for stage in stages] == [("enfuse", 0), ("segdiff", config.train.enfuse_steps)]
-    shapes = jax.eval_shape(lambda: api.init_params(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
-
-    def sizes(stage):
-        """The largest update of each group in the second step (the first has rate 0) on a gradient of ones."""
-        tx = train.optimiser(config, stage)
-
-        @jax.jit
-        def second_update(params):
-            _, opt_state = tx.update(params, tx.init(params), params)
-            return tx.update(params, opt_state, params)[0]
-
-        updates = second_update(params)
-        found = {"enfuse": [], "prior": [], "segdiff": []}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
-            found[train.parameter_group(path)].append(np.abs(leaf).max())
-        return {name: max(values) for name, values in found.items()}
-
-    first, second = map(sizes, stages)
-    assert first["segdiff"] == 0 and first["enfuse"] == first["prior"] > 0
-    assert second["prior"] == 0 and second["segdiff"] > 0
-    assert second["enfuse"] == pytest.approx(train.SLOW * second["segdiff"], rel=1e-5)
 
 
 def test_figures_of_a_step():
@@ -452,42 +384,3 @@ def test_a_split_that_cannot_be_drawn_is_said_before_compiling(scans):
             dataset.check(own.data)
 
 
-def test_calibration_joins_scans_of_different_sizes():
-    def part(h, w, patient):
-        rng = np.random.default_rng(patient)
-        log_p = np.log(np.full((2, h, w, 3), 1 / 3, np.float32))
-        label = rng.integers(0, 3, (2, h, w))
-        return calibration.CalibrationSet(
-            features=rng.normal(size=(2, h, w, 4)).astype(np.float32), one_step=log_p, mean=log_p, label=label,
-            delivered=label, weight=np.ones((2, h, w), np.float32), patient=np.full(2, patient),
-        )  # fmt: skip
-
-    joined = train.join([part(5, 7, 0), part(6, 4, 1)])
-    assert joined.features.shape == (4, 6, 7, 4) and joined.label.shape == joined.weight.shape == (4, 6, 7)
-    assert joined.weight.sum() == 2 * (5 * 7 + 6 * 4) and np.all((joined.weight > 0) == (joined.label >= 0))
-    assert list(joined.patient) == [0, 0, 1, 1]
-
-
-def test_each_rater_calibrates_with_his_share():
-    rng = np.random.default_rng(0)
-    d, h, w = 3, 8, 8
-    labels = rng.integers(0, 2, (2, d, h, w)).astype(np.int32)
-    zero = np.zeros((d, h, w), np.float32)
-    p = np.full((d, h, w, 2), 0.5, np.float32)
-    raw = dict.fromkeys(("entropy", "divergence", "within", "disagreement", "gap"), zero)
-    raw |= {"one_step": p, "mean": p, "label": labels[0].astype(np.uint8), "kept": np.array([0, 2])}
-    raw["border"] = calibration.signed_distance(raw["label"])
-    raw = {name: value if name == "kept" else value[[0, 2]] for name, value in raw.items()}
-    raw["slice_weight"] = np.array([1.5, 1.5], np.float32)
-    plain = preprocess.Volume(
-        name="a", patient="a", number=1, image=zero[None], present=np.array([True]), label=labels[0],
-        body=np.ones((d, h, w), bool), coordinates=np.zeros((d, h, w, 3), np.float32), spacing=(1.0, 1.0, 1.0),
-        reference=None,
-    )  # fmt: skip
-    one = train.calibration_slices(raw, plain, 4, 0)
-    two = train.calibration_slices(raw, dataclasses.replace(plain, raters=labels), 4, 0)
-    np.testing.assert_array_equal(one.label, labels[0][[0, 2]])
-    np.testing.assert_array_equal(two.label, np.concatenate(labels[:, [0, 2]]))
-    np.testing.assert_array_equal(two.weight, np.concatenate([one.weight / 2] * 2))
-    np.testing.assert_array_equal(two.delivered, np.concatenate([one.delivered] * 2))
-    assert two.patient.tolist() == [4] * 4 and two.features.shape[0] == 4

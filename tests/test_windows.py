@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+import made_up
 from entrust_jax import inference, windows
 from entrust_jax.baselines.unet import UNet
-from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.model import EnTrust
 from entrust_jax.runtime.mesh import data_mesh
@@ -21,37 +21,20 @@ SAMPLER = Sampler(0.2, -12.0, 7.0, 3)
 KEY = jax.random.key(3)
 
 
-def volume(present=(True, True)) -> Volume:
-    """Random images whose body leaves a margin on every side and fills no whole number of windows."""
-    rng = np.random.default_rng(0)
+def volume() -> Volume:
+    """Its body leaves a margin on every side and fills no whole number of windows."""
     body = np.zeros((9, 14, 15), bool)
     body[1:8, 2:13, 1:12] = True
-    image = rng.normal(size=(M, *body.shape)).astype(np.float32) * body
-    there = np.asarray(present)
-    return Volume(
-        name="case",
-        patient="case",
-        number=123,
-        image=image * there[:, None, None, None],
-        present=there,
-        label=None,
-        body=body,
-        coordinates=coordinates(body),
-        spacing=(3.0, 1.0, 1.0),
-        reference=None,
-    )
+    return made_up.volume(body)
 
 
 @functools.cache
 def params():
-    """Random in every entry, so that nothing is closed by a zero initialisation."""
     around = windows.frame(volume(), WINDOW, UNIT)
     batch = windows.batch_of(around, np.zeros((1, 3), int))
     label = np.zeros((1, *WINDOW), np.int32)
     batch |= {"label": label, "weight": np.ones(1, np.float32), "valid": np.ones(1, bool)}
-    shapes = jax.eval_shape(MODEL.init, {"params": KEY, "dropout": KEY}, batch, KEY)
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda leaf: (0.4 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
+    return made_up.parameters(MODEL.init, {"params": KEY, "dropout": KEY}, batch, KEY)
 
 
 def examine(devices, hypotheses=N, **options):
@@ -71,9 +54,7 @@ def test_the_maps_are_those_of_slices(raw):
     flat = EnTrust(M, K, widths=(4, 8), d_c=4, d_u=4, strides=((2, 2), (2, 2)), head_dropout=0.2, b=0.2)
     case = volume()
     batch = inference.pipeline.evaluation_slices(case, multiple=16)
-    shapes = jax.eval_shape(flat.init, {"params": KEY, "dropout": KEY}, batch, KEY)
-    rng = np.random.default_rng(1)
-    some = jax.tree.map(lambda leaf: (0.4 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
+    some = made_up.parameters(flat.init, {"params": KEY, "dropout": KEY}, batch, KEY)
     of_slices = inference.examine(
         some, case, KEY, model=flat, sampler=SAMPLER, mesh=data_mesh(jax.devices()[:1]), hypotheses=N,
         multiple=16,

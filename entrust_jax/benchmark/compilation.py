@@ -16,8 +16,10 @@ from typing import Any
 
 import jax
 
-from entrust_jax import api, train
+from entrust_jax import networks
 from entrust_jax.runtime import logs, mesh
+from entrust_jax.training.programs import lower_stage, step_shapes
+from entrust_jax.training.stages import Stage, plan_stages
 
 DEVICES = (1, 8)
 GIB = 2**30
@@ -25,7 +27,7 @@ GIB = 2**30
 
 def described(config: Any) -> dict[str, Any]:
     """What is compiled, and by what."""
-    network = api.network_of(config)
+    network = networks.network_of(config)
     return {
         "config": config.name,
         "method": config.method,
@@ -48,23 +50,23 @@ def measure(config: Any, counts: Sequence[int] = DEVICES) -> Iterator[dict[str, 
     The config's batch is that of one device; n devices share one n times as large.
     """
     config = config.copy_and_resolve_references()
-    batch, network = config.train.batch, api.network_of(config)
+    batch, network = config.train.batch, networks.network_of(config)
     for count in counts:
         config.train.batch = batch * count
-        for stage in train.plan_stages(config, network):
+        for stage in plan_stages(config, network):
             yield step(config, network, stage, count)
 
 
-def step(config: Any, network: Any, stage: train.Stage, count: int) -> dict[str, Any]:
+def step(config: Any, network: Any, stage: Stage, count: int) -> dict[str, Any]:
     """One stage's step on the first `count` devices: bytes and operations per device, seconds to trace and compile."""
     began = time.perf_counter()
     with unittest.mock.patch.object(jax, "default_backend", lambda: "accelerator"):
-        lowered, _ = train.lower_stage(config, network, stage, count)
+        lowered, _ = lower_stage(config, network, stage, count)
     traced = time.perf_counter()
     compiled = lowered.compile()
     done = time.perf_counter()
     memory: Any = compiled.memory_analysis()
-    state, _ = train.step_shapes(config, stage, mesh.data_mesh(jax.devices()[:count]))
+    state, _ = step_shapes(config, stage, mesh.data_mesh(jax.devices()[:count]))
     return {
         "stage": stage.name,
         "devices": count,

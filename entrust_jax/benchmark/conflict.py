@@ -28,7 +28,7 @@ from entrust_jax.data.injection import Injection
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.metrics import conflict, statistics, usefulness
-from entrust_jax.report import curves
+from entrust_jax.report import curves, markdown
 from entrust_jax.runtime import logs
 from entrust_jax.trustmap import calibration, probing
 from entrust_jax.trustmap import statistics as spread
@@ -619,7 +619,7 @@ def table(summary: Mapping[str, Any]) -> str:
     lines = ["# Conflict suite", "", f"{summary['patients']} patients, {summary['injections']} injections. ", ""]
     lines[2] += "A: a change in one modality; A': the same change in all. Means over patients with 95 % intervals."
     rows = [[name, in_words(one), "yes" if one["met"] else "**no**"] for name, one in summary["aims"].items()]
-    lines += _rows(["aim", "value", "met"], rows)
+    lines += markdown.table(["aim", "value", "met"], rows)
     head = ["method: measure", "AUROC A against A'", "A over A'", f"AUROC {RIM} voxels inside", "A over A' there"]
     head += ["A over untouched", "A over unrelated texture"]
     head += ["AUROC against texture", "Kendall tau of the dose", "p (sign flips)", "null: another patient's map"]
@@ -633,17 +633,17 @@ def table(summary: Mapping[str, Any]) -> str:
         ]
         for name, one in summary["measures"].items()
     ]
-    lines += ["", *_rows(head, rows), "", f"MC dropout: {summary['mc_dropout']['reason']}.", ""]
+    lines += ["", *markdown.table(head, rows), "", f"MC dropout: {summary['mc_dropout']['reason']}.", ""]
     if summary["above_baselines"]:
         rows = [[name, in_words(one)] for name, one in summary["above_baselines"].items()]
-        lines += [*_rows(["baseline", "AUROC of EnTrust's disagreement less the baseline's"], rows), ""]
+        lines += [*markdown.table(["baseline", "AUROC of EnTrust's disagreement less the baseline's"], rows), ""]
     head = ["part", "injections", "AUROC A against A'", "A over A'", f"AUROC {RIM} voxels inside", "A over A' there"]
     head += ["AUROC of kappa", "label moved", "blame is right"]
     rows = [
         [name, str(one["rows"]), *(in_words(one[k]) for k in (*PARTS, "kappa_auroc", "label_moved", "blame"))]
         for name, one in summary["parts"].items()
     ]
-    lines += [*_rows(head, rows), ""]
+    lines += [*markdown.table(head, rows), ""]
     blame, faith = summary["blame"], summary["faithfulness"]
     rows = [
         ["blame falls on the altered modality", in_words(blame["all"])],
@@ -669,11 +669,7 @@ def table(summary: Mapping[str, Any]) -> str:
         ["deletion: difference", in_words(faith["difference"])],
         ["rank correlation of phi with that of shuffled weights", in_words(faith["correlation_with_shuffled_weights"])],
     ]  # fmt: skip
-    return "\n".join([*lines, *_rows(["reasons", "value"], rows)]) + "\n"
-
-
-def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]]
+    return "\n".join([*lines, *markdown.table(["reasons", "value"], rows)]) + "\n"
 
 
 def flat_rows(results: Sequence[Result], modalities: Sequence[str]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from scipy.ndimage import distance_transform_edt
 from scipy.spatial.distance import cdist
 from scipy.special import expit
 
-from entrust_jax import api
+from entrust_jax import api, networks
 from entrust_jax.benchmark import acceptance
 from entrust_jax.data import phantom, pipeline
 from entrust_jax.data.preprocess import Volume
@@ -48,7 +48,7 @@ class Parts(NamedTuple):
 def parts_of(model: api.Trained, volumes: list[Volume]) -> Parts:
     """Encodes and fuses phantoms of one slice each, every modality there."""
     assert isinstance(model.network, EnTrust)
-    stacked = pipeline.stacked_slices(volumes, multiple=api.multiple(model.config))
+    stacked = pipeline.stacked_slices(volumes, multiple=networks.multiple(model.config))
     batch = {name: stacked[name] for name in ("image", "coordinates", "body")}
     everything = np.ones(batch["image"].shape, np.float32)
     evidence, fused = jax.device_get(_encode(model.network, jax.device_get(model.params), batch, everything))

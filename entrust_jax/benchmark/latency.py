@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from entrust_jax import api, inference
+from entrust_jax import inference, networks
 from entrust_jax.baselines import unet
 from entrust_jax.runtime import mesh
 
@@ -30,7 +30,7 @@ def seconds(call: Callable[[], Any], repeats: int) -> dict[str, float]:
 def slice_batch(config: Any, size: int, copies: int) -> dict[str, np.ndarray]:
     """`copies` random slices with every modality: one, as often as the mesh has devices."""
     rng = np.random.default_rng(0)
-    shapes = api.example_batch(config, copies)
+    shapes = networks.example_batch(config, copies)
     batch: dict[str, Any] = {name: np.ones(s.shape, s.dtype) for name, s in shapes.items()}
     m = len(config.data.modalities)
     batch["image"] = rng.normal(size=(copies, m, size, size)).astype(np.float32)
@@ -51,8 +51,8 @@ def measure(config: Any, size: int, repeats: int) -> dict[str, Any]:
     batch = slice_batch(config, size, 1)
     sampler, n = inference.sampler_of(config), config.diffusion.hypotheses
 
-    network = api.network_of(config)
-    params = jax.jit(lambda: api.init_params(config, key))()
+    network = networks.network_of(config)
+    params = jax.jit(lambda: networks.init_params(config, key))()
     static = {"model": network, "sampler": sampler, "mesh": one}
     evidence, _ = inference.look(params, batch, key, **static)
     label = batch["label"]
@@ -77,8 +77,8 @@ def measure(config: Any, size: int, repeats: int) -> dict[str, Any]:
     }
     for method in ("unet", "deep_ensemble"):
         config.method = method
-        net = api.network_of(config)
-        stacked = jax.jit(lambda: api.init_params(config, key))()
+        net = networks.network_of(config)
+        stacked = jax.jit(lambda: networks.init_params(config, key))()
         timed = seconds(lambda: inference.ensemble(stacked, batch, model=net, mesh=one), repeats)  # noqa: B023
         result[f"{method}_{unet.members(config)}"] = timed
     return result

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from entrust_jax import api, inference, train
+from entrust_jax import api, inference, networks, train
 from entrust_jax import model as entrust
 from entrust_jax.benchmark import acceptance, disentanglement, references
 from entrust_jax.benchmark.ablations import ABLATIONS, ALL, REFERENCE, Ablation
@@ -25,8 +25,10 @@ from entrust_jax.benchmark.acceptance import Observation
 from entrust_jax.data import dataset, phantom, phantom_law, pipeline
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
-from entrust_jax.report import curves
+from entrust_jax.report import curves, markdown
 from entrust_jax.runtime import logs, mesh
+from entrust_jax.training.calibration_data import calibration_set
+from entrust_jax.training.stages import plan_stages
 from entrust_jax.trustmap import calibration, case
 
 HYPOTHESES = 24
@@ -60,7 +62,7 @@ def own_config(config: Any, ablation: Ablation, name: str, seed: int) -> Any:
 
 def own_network(config: Any, ablation: Ablation) -> entrust.EnTrust:
     """The config's network as the ablation's class: equal parameters, another way through them."""
-    network = api.network_of(config)
+    network = networks.network_of(config)
     fields = {f.name: getattr(network, f.name) for f in dataclasses.fields(network) if f.name not in ("parent", "name")}
     return ablation.network(**fields)
 
@@ -72,7 +74,7 @@ def trained(config: Any, ablation: Ablation, workdir: Path) -> api.Trained:
     if not (workdir / "calibration.json").exists():
         stages = [
             dataclasses.replace(stage, loss=functools.partial(stage.loss, **ablation.loss.get(stage.name, {})))
-            for stage in train.plan_stages(config, network)
+            for stage in plan_stages(config, network)
         ]
         train.run(config, workdir, network, stages)
     return dataclasses.replace(api.load(workdir), network=network)
@@ -86,8 +88,8 @@ def borrowed(ablation: Ablation, workdir: Path) -> api.Trained:
         return model
     config, network = model.config, model.network
     cases, _ = dataset.read(config.data, model.splits["calibration"], config.seed)
-    data = train.calibration_set(config, network, model.params, model.tau, cases, model.mesh)
-    raw = api.examine_with(config, network, model.params, model.mesh, model.tau, cases[0])
+    data = calibration_set(config, network, model.params, model.tau, cases, model.mesh)
+    raw = networks.examine_with(config, network, model.params, model.mesh, model.tau, cases[0])
     _, names = calibration.features(raw, cases[0].present)
     # An input that never varies is switched off when the head is fitted.
     seen = np.isin(names, ablation.inputs) | (ablation.inputs == ALL)
@@ -105,7 +107,7 @@ def without(volume: Volume, modality: int) -> Volume:
 
 def chunks(model: api.Trained, volumes: list[Volume]) -> Iterator[dict[str, np.ndarray]]:
     """Batches of one compiled shape that hold phantoms of one slice each, the last filled up."""
-    batch = pipeline.stacked_slices(volumes, multiple=api.multiple(model.config))
+    batch = pipeline.stacked_slices(volumes, multiple=networks.multiple(model.config))
     return pipeline.chunks(batch, mesh.round_to_devices(SLICES, model.mesh))
 
 
@@ -315,9 +317,9 @@ def table(summary: Mapping[str, Any]) -> str:
         ]
         for check, one in summary["checks"].items()
     ]
-    lines = ["# Phantom suite", "", *_rows(head, rows)]
+    lines = ["# Phantom suite", "", *markdown.table(head, rows)]
     fakes_ = [[name, ", ".join(failed) or "none"] for name, failed in summary["fakes"].items()]
-    lines += ["", *_rows(["planted fake", "fails"], fakes_)]
+    lines += ["", *markdown.table(["planted fake", "fails"], fakes_)]
     if len(summary["ablations"]) > 1:
         names = list(summary["ablations"])
         lines += ["", "Value ± spread over n seeds; in brackets the difference to the reference of the same seeds.", ""]
@@ -326,16 +328,16 @@ def table(summary: Mapping[str, Any]) -> str:
         rows += [["seeds", *(str(summary["ablations"][name]["figures"][keys[0]]["n"]) for name in names)]]
         rows += [["fails", *(", ".join(summary["ablations"][name]["fails"]) or "none" for name in names)]]
         rows += [[key, *(_cell(summary["ablations"][name]["figures"][key]) for name in names)] for key in keys]
-        lines += _rows(["", *names], rows)
+        lines += markdown.table(["", *names], rows)
     if summary["steps"]:
         rows = [[name, *(f"{value:.2f}" for value in own.values())] for name, own in lines_of(summary).items()]
         lines += ["", "Diversity of hypotheses over its analytic value, by the sampler's steps.", ""]
-        lines += _rows(["", *(str(steps) for steps in STEPS)], rows)
+        lines += markdown.table(["", *(str(steps) for steps in STEPS)], rows)
     if summary["parts"]:
         names = list(summary["parts"])
         rows = [[key, *(f"{summary['parts'][name][key]:.3g}" for name in names)] for key in summary["parts"][names[0]]]
         lines += ["", "What the parts carry (R2: squared correlation less its value under independence).", ""]
-        lines += _rows(["", *names], rows)
+        lines += markdown.table(["", *names], rows)
     return "\n".join(lines) + "\n"
 
 
@@ -346,11 +348,6 @@ def lines_of(summary: Mapping[str, Any]) -> dict[str, dict[int, float]]:
         for name, both in summary["steps"].items()
         for method, own in both.items()
     }
-
-
-def _rows(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]]
 
 
 def _cell(figure: Mapping[str, Any]) -> str:

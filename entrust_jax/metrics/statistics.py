@@ -73,6 +73,13 @@ def figure(statistic: Statistic, n: int, *, resamples: int = RESAMPLES, seed: in
     return result if reason is None else {**result, "reason": reason}
 
 
+def finite_mean(values: Sequence[float]) -> float:
+    """Mean of the values that are finite; NaN where none is."""
+    array = np.asarray(values, np.float64)
+    finite = array[np.isfinite(array)]
+    return float(finite.mean()) if finite.size else float("nan")
+
+
 def weighted_mean(values: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"]) -> float:
     """Mean of patient values; NaN when all weights are zero."""
     total = weights.sum()

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from entrust_jax.data.survey import Glimpse, Sample
-from entrust_jax.report import figures
+from entrust_jax.report import slices
 
 INCHES = 1.9  # of a picture's side
 
@@ -19,17 +19,17 @@ def sheet(glimpses: Sequence[Glimpse], modalities: Sequence[str], classes: Seque
     picture = Figure(figsize=(INCHES * columns + 1.3, INCHES * rows + 1.1), dpi=110, layout="constrained")
     axes = picture.subplots(rows, columns, squeeze=False)
     for row, one in zip(axes, glimpses, strict=False):
-        view = figures.make_view(one.body[None], one.spacing)
+        view = slices.make_view(one.body[None], one.spacing)
         for m, axis in enumerate(row):
             axis.set_xticks([])
             axis.set_yticks([])
             if not one.present[m]:
-                figures.blank(axis, "missing")
+                slices.blank(axis, "missing")
                 continue
-            grey = figures.radiological(figures.window(one.image[m], one.body), view)
+            grey = slices.radiological(slices.window(one.image[m], one.body), view)
             axis.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=view.extent, interpolation="bilinear")
             for k in range(1, len(classes)) if one.label is not None else ():
-                figures.outline(axis, np.asarray(one.label == k), view, colour_of(k), width=1.1)
+                slices.outline(axis, np.asarray(one.label == k), view, colour_of(k), width=1.1)
         name = textwrap.fill(one.name, 14)
         row[0].set_ylabel(f"{name}\nslice {one.number}", fontsize=7, rotation=0, ha="right", va="center")
     for axis, name in zip(axes[0], modalities, strict=True):
@@ -52,7 +52,7 @@ def changes(
     spacing: mm along D, H, W. What a change leaves as it is says so.
     """
     rows, columns, plain = len(modalities), len(samples), samples[0]
-    view = figures.make_view(np.stack([one.body for one in samples]), spacing)
+    view = slices.make_view(np.stack([one.body for one in samples]), spacing)
     height = INCHES * view.extent[3] / view.extent[1]
     picture = Figure(figsize=(INCHES * columns + 0.6, height * rows + 1.2), dpi=110, layout="constrained")
     axes = picture.subplots(rows, columns, squeeze=False)
@@ -63,15 +63,15 @@ def changes(
             axis.set_xticks([])
             axis.set_yticks([])
             if not one.present[m]:
-                figures.blank(axis, "missing")
+                slices.blank(axis, "missing")
                 continue
             grey = np.clip((one.image[m] - low) / max(float(high - low), 1e-6), 0, 1) * one.body
-            shown = figures.radiological(grey, view)
+            shown = slices.radiological(grey, view)
             axis.imshow(shown, cmap="gray", vmin=0, vmax=1, extent=view.extent, interpolation="nearest")
             for k in range(1, len(classes)):
-                figures.outline(axis, one.label == k, view, colour_of(k), width=0.9)
+                slices.outline(axis, one.label == k, view, colour_of(k), width=0.9)
             if one is not plain and np.array_equal(one.image[m], plain.image[m]):
-                figures.note(axis, "unchanged")
+                slices.note(axis, "unchanged")
     for one, axis in zip(samples, axes[0], strict=True):
         axis.set_title(one.title, fontsize=8)
     picture.suptitle(f"{title}; the patient's right is on the left where nothing is mirrored", fontsize=9)
@@ -82,4 +82,4 @@ def changes(
 
 def colour_of(k: int) -> str:
     """The outline of class k > 0."""
-    return figures.CLASS_COLOURS[(k - 1) % len(figures.CLASS_COLOURS)]
+    return slices.CLASS_COLOURS[(k - 1) % len(slices.CLASS_COLOURS)]

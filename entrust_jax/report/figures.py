@@ -1,36 +1,46 @@
 """The one-page picture of a prediction, for a reader who looks at it for ten seconds.
 
-Axial slices are shown as a radiologist hangs them: anterior up, the patient's right on the left of the
-picture, pixels in their true proportions.
+What it shows; `slices` draws one slice, `page` puts the pictures and the text in their places.
 """
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap, Normalize, to_rgba
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.patches import FancyBboxPatch, Rectangle
-from matplotlib.patheffects import withStroke
+from matplotlib.patches import Rectangle
 from scipy import ndimage
 
+from entrust_jax.report.page import WIDTH, Line, Panel, compose
+from entrust_jax.report.slices import (
+    CLASS_COLOURS,
+    FAINT,
+    INK,
+    View,
+    blank,
+    heat_rgba,
+    make_view,
+    note,
+    number_marks,
+    outline,
+    position,
+    radiological,
+    side_marks,
+    signed_rgba,
+    window,
+    zoomed,
+)
 from entrust_jax.trustmap import explanation
 
 if TYPE_CHECKING:
     from entrust_jax.data.preprocess import Volume
 
-# Okabe and Ito's colours stay apart under common colour blindness; those that stand out on grey come first.
-CLASS_COLOURS = ("#E69F00", "#56B4E9", "#F0E442", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
 CAUSE_KEY = {
     "missing input": ("a scan is missing", "#CC79A7"),
     "conflict": ("scans contradict", "#D55E00"),
@@ -38,97 +48,7 @@ CAUSE_KEY = {
     "boundary": ("edge of the outline", "#F0E442"),
     "other": ("other", "#B0B0B0"),
 }
-INK, FAINT, PAPER = "#1A1A1A", "#5A5A5A", "#F4F5F7"
 SHOWN_REGIONS = 3
-ZOOM_BELOW = 0.6  # share of the window's side: smaller findings are shown enlarged
-ZOOM_FLOOR = 0.3
-DPI = 110
-WIDTH, GAP, MARGIN, TITLE = (
-    3.1,
-    0.18,
-    0.4,
-    0.30,
-)  # inches: a panel's width, between panels, round the page, a panel's title
-
-
-@dataclass(frozen=True)
-class View:
-    """What a panel shows: voxels of H (rows) and W (columns); extent (left, right, bottom, top) in mm."""
-
-    rows: slice
-    columns: slice
-    extent: tuple[float, float, float, float]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One picture with its title and, below it, a key of the given height in inches."""
-
-    title: str
-    draw: Callable[[Axes], None]
-    key: Callable[[Axes], None] | None = None
-    key_height: float = 0.0
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the text below the pictures; `step` is the distance to the next in inches."""
-
-    text: str
-    size: float
-    weight: str = "normal"
-    colour: str = INK
-    indent: float = 0.0
-    step: float = 0.2
-    badge: str = ""
-
-
-def make_view(body: np.ndarray, spacing: Sequence[float]) -> View:
-    """The body's bounding box in H and W, a little wider. body [D, H, W]; spacing in mm along D, H, W."""
-    spans = []
-    for axis in (1, 2):
-        hit = np.flatnonzero(body.any(axis=(0, 3 - axis)))
-        low, high = (int(hit[0]), int(hit[-1]) + 1) if hit.size else (0, body.shape[axis])
-        edge = max(2, round(0.04 * (high - low)))
-        spans.append(slice(max(0, low - edge), min(body.shape[axis], high + edge)))
-    rows, columns = spans
-    return View(
-        rows,
-        columns,
-        (0.0, (rows.stop - rows.start) * spacing[1], 0.0, (columns.stop - columns.start) * spacing[2]),
-    )
-
-
-def radiological(plane: np.ndarray, view: View) -> np.ndarray:
-    """An axial plane [H, W] (x towards the patient's right, y towards anterior) as picture rows and columns.
-
-    Anterior is up, the patient's right on the left.
-    """
-    return np.swapaxes(plane[view.rows, view.columns], 0, 1)[::-1, ::-1]
-
-
-def position(h: int | float, w: int | float, view: View) -> tuple[float, float]:
-    """Where the centre of voxel (h, w) lies in the picture, in mm from its lower left corner."""
-    _, width, _, height = view.extent
-    across = (h + 0.5 - view.rows.start) / (view.rows.stop - view.rows.start)
-    up = (w + 0.5 - view.columns.start) / (view.columns.stop - view.columns.start)
-    return width * (1 - across), height * up
-
-
-def zoomed(view: View, interest: np.ndarray, spacing: Sequence[float]) -> View:
-    """The same window, or a part of it in the same proportions where interest, bool [H, W], is small."""
-    hit = np.argwhere(interest[view.rows, view.columns])
-    if not len(hit):
-        return view
-    full = np.array([view.rows.stop - view.rows.start, view.columns.stop - view.columns.start])
-    low, high = hit.min(0), hit.max(0) + 1
-    share = max(1.2 * float(((high - low + 6) / full).max()), ZOOM_FLOOR)  # room round the finding
-    if share > ZOOM_BELOW:
-        return view
-    size = np.maximum(np.round(share * full).astype(int), 1)
-    start = np.clip((low + high - size) // 2, 0, full - size) + np.array([view.rows.start, view.columns.start])
-    rows, columns = (slice(int(a), int(a + n)) for a, n in zip(start, size, strict=True))
-    return View(rows, columns, (0.0, float(size[0] * spacing[1]), 0.0, float(size[1] * spacing[2])))
 
 
 def informative_slice(prediction: Mapping[str, Any], body: np.ndarray, threshold: float) -> tuple[int, str]:
@@ -388,129 +308,6 @@ def marks(
     return found
 
 
-def window(image: np.ndarray, body: np.ndarray) -> np.ndarray:
-    """Grey values [D, H, W] in [0, 1]: the body's 1st to 99.7th percentile, and black outside the body."""
-    values = image[body] if body.any() else image.ravel()
-    low, high = np.percentile(values, (1.0, 99.7))
-    return np.clip((image - low) / max(float(high - low), 1e-6), 0.0, 1.0) * body
-
-
-def heat_rgba(values: np.ndarray, top: float, cmap: str) -> np.ndarray:
-    """Colours that fade in over the first fifth of the scale, so that anatomy shows where no doubt is."""
-    scaled = np.clip(np.nan_to_num(values) / top, 0.0, 1.0)
-    colours = colormaps[cmap](0.2 + 0.8 * scaled)
-    colours[..., 3] = np.clip(scaled / 0.2, 0.0, 1.0) * 0.95
-    return colours
-
-
-def signed_rgba(values: np.ndarray, limit: float) -> np.ndarray:
-    """Orange against, purple for, clear at zero."""
-    scaled = np.clip(np.nan_to_num(values) / limit, -1.0, 1.0)
-    colours = colormaps["PuOr"](0.5 + 0.5 * scaled)
-    colours[..., 3] = np.clip(np.abs(scaled) / 0.2, 0.0, 1.0) * 0.95
-    return colours
-
-
-def outline(
-    axes: Axes,
-    mask: np.ndarray,
-    view: View,
-    colour: str,
-    *,
-    width: float = 1.7,
-    alpha: float = 1.0,
-    halo: bool = True,
-) -> None:
-    """The border of a mask [H, W]; a dark halo keeps it visible on bright tissue."""
-    shown = radiological(mask, view)
-    if not shown.any():
-        return
-    rows, columns = shown.shape
-    dx, dy = view.extent[1] / columns, view.extent[3] / rows
-    x = (np.arange(-1, columns + 1) + 0.5) * dx
-    y = view.extent[3] - (np.arange(-1, rows + 1) + 0.5) * dy
-    # The frame of zeros closes outlines that touch the window's edge.
-    padded = np.pad(shown.astype(np.float32), 1)
-    if halo:
-        axes.contour(x, y, padded, levels=[0.5], colors="black", linewidths=width + 1.4, alpha=0.7 * alpha)
-    axes.contour(x, y, padded, levels=[0.5], colors=colour, linewidths=width, alpha=alpha)
-
-
-def number_marks(axes: Axes, points: Sequence[tuple[float, float]], numbers: Sequence[int], view: View) -> None:
-    """Numbered discs beside the points: each at that of sixteen places which is farthest from the others."""
-    _, width, _, height = view.extent
-    taken: list[tuple[float, float]] = []
-    for number, (x, y) in zip(numbers, points, strict=True):
-        angles = np.arange(16) * np.pi / 8 + np.pi / 4
-        around = np.stack([x + 0.13 * width * np.cos(angles), y + 0.13 * width * np.sin(angles)], axis=1)
-        others = np.array([p for p in points if p != (x, y)] + taken or [(width / 2, height / 2)])
-        room = np.linalg.norm(around[:, None] - others[None], axis=-1).min(axis=1)
-        margin = 0.07 * width
-        inside = (np.abs(around - (width / 2, height / 2)) < (width / 2 - margin, height / 2 - margin)).all(axis=1)
-        spot = around[int(np.argmax(np.where(inside, room, -1.0)))]
-        taken.append((float(spot[0]), float(spot[1])))
-        axes.annotate(
-            str(number),
-            xy=(x, y),
-            xytext=(float(spot[0]), float(spot[1])),
-            fontsize=10,
-            fontweight="bold",
-            color="black",
-            ha="center",
-            va="center",
-            bbox={
-                "boxstyle": "circle,pad=0.22",
-                "facecolor": "white",
-                "edgecolor": "black",
-                "linewidth": 0.8,
-            },
-            arrowprops={
-                "arrowstyle": "-",
-                "color": "white",
-                "linewidth": 1.1,
-                "shrinkA": 0,
-                "shrinkB": 2,
-                "path_effects": [withStroke(linewidth=2.6, foreground="black")],
-            },
-        )
-
-
-def side_marks(axes: Axes) -> None:
-    """R and L: the patient's sides. A picture without them can be misread."""
-    for x, mark in ((0.03, "R"), (0.97, "L")):
-        axes.text(
-            x,
-            0.5,
-            mark,
-            transform=axes.transAxes,
-            color="white",
-            path_effects=[withStroke(linewidth=2.0, foreground="black")],
-            fontsize=9,
-            fontweight="bold",
-            ha="left" if mark == "R" else "right",
-            va="center",
-        )
-
-
-def blank(axes: Axes, words: str) -> None:
-    axes.set_facecolor("#E4E6EA")
-    axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", fontsize=14, color=FAINT)
-
-
-def note(axes: Axes, words: str) -> None:
-    axes.text(
-        0.5,
-        0.04,
-        words,
-        transform=axes.transAxes,
-        ha="center",
-        va="bottom",
-        fontsize=10,
-        color="white",
-        bbox={"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 2},
-    )
-
-
 def swatches(axes: Axes, entries: Sequence[tuple[str, str]], columns: int) -> None:
     """Coloured squares with words, row by row; the axes are as wide as a panel."""
     rows = math.ceil(len(entries) / columns)
@@ -604,194 +401,3 @@ def review_lines(records: Sequence[Mapping[str, Any]], total: int) -> list[Line]
     for number, record in enumerate(records, start=1):
         lines.append(Line(explanation.sentence(dict(record)), 11.0, indent=0.34, step=0.205, badge=str(number)))
     return lines
-
-
-def wrap(text: str, width: float, size: float, weight: str, renderer: Any) -> list[str]:
-    """Breaks a text into lines that fit in `width` inches as drawn; longer words are broken."""
-    font = FontProperties(size=size, weight=weight)
-
-    def fits(words: str) -> bool:
-        return renderer.get_text_width_height_descent(words, font, ismath=False)[0] <= width * DPI
-
-    lines: list[str] = []
-    for word in text.split():
-        if lines and fits(f"{lines[-1]} {word}"):
-            lines[-1] = f"{lines[-1]} {word}"
-            continue
-        while not fits(word) and len(word) > 1:
-            cut = max(1, bisect.bisect(range(1, len(word)), 0, key=lambda n: not fits(word[:n])))
-            lines.append(word[:cut])
-            word = word[cut:]
-        lines.append(word)
-    return lines or [""]
-
-
-def lay_out(lines: Sequence[Line], width: float, renderer: Any) -> list[Line]:
-    """Wraps every line to the card's width; the first piece carries the badge, room follows the last."""
-    out: list[Line] = []
-    for line in lines:
-        pieces = wrap(line.text, width - line.indent, line.size, line.weight, renderer)
-        for index, piece in enumerate(pieces):
-            last = index == len(pieces) - 1
-            step = line.step if not last else line.step + (0.11 if line.badge else 0.0)
-            if not last:
-                step = max(0.018 * line.size, 0.17)
-            out.append(
-                Line(
-                    piece,
-                    line.size,
-                    line.weight,
-                    line.colour,
-                    line.indent,
-                    step,
-                    line.badge if index == 0 else "",
-                )
-            )
-    return out
-
-
-def grid_columns(count: int, cell: float, words: float) -> int:
-    """Panels a row, three to six: a page about 0.8 as tall as wide, like a screen, with few empty places.
-
-    cell: a row's height in inches; words: about what the text needs.
-    """
-
-    def cost(n: int) -> float:
-        page = math.ceil(count / n) * cell + words
-        return abs(math.log(page / (n * (WIDTH + GAP)) / 0.8)) + (-count % n) / n
-
-    return min(range(3, 7), key=cost)
-
-
-def compose(
-    path: Path,
-    panels: Sequence[Panel],
-    *,
-    aspect: float,
-    title: str,
-    header: str,
-    result: Sequence[Line],
-    review: Sequence[Line],
-    notes: Sequence[str],
-) -> None:
-    """Places panels and cards on a page as tall as they need, in inches from the top left, and saves it."""
-    picture = WIDTH * min(max(aspect, 0.6), 1.4)
-    columns = grid_columns(len(panels), TITLE + picture + 0.4, 3.5)
-    page = 2 * MARGIN + columns * WIDTH + (columns - 1) * GAP
-    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
-    renderer = FigureCanvasAgg(Figure(dpi=DPI)).get_renderer()
-
-    inner = page - 2 * MARGIN
-    pad = 0.2
-    left = WIDTH + 0.35 * (columns > 3)
-    cards = (
-        lay_out(result, left - 2 * pad, renderer),
-        lay_out(review, inner - left - GAP - 2 * pad, renderer),
-    )
-    card_height = max(sum(line.step for line in card) for card in cards) + 2 * pad
-    disclaimer = (
-        "Research software, not a medical device: not for diagnosis or treatment. "
-        "The doubts shown are the model's own; it can be wrong without doubt."
-    )
-    foot = lay_out(
-        [Line(f"Note: {words}", 10.0, colour=INK, step=0.22) for words in notes]
-        + [Line(disclaimer, 10.0, colour=FAINT, step=0.22)],
-        inner,
-        renderer,
-    )
-    title_lines = wrap(title, inner, 17.0, "bold", renderer)
-    header_lines = wrap(header, inner, 11.0, "normal", renderer)
-    head = MARGIN + 0.32 * len(title_lines) + 0.22 * len(header_lines) + 0.12
-    row_heights = [TITLE + picture + max(panel.key_height for panel in row) + 0.2 for row in rows]
-    tall = head + sum(row_heights) + 0.05 + card_height + 0.2 + sum(line.step for line in foot) + MARGIN * 0.7
-
-    figure = Figure(figsize=(page, tall), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-
-    def write(x: float, y: float, text: str, **style: Any) -> None:
-        figure.text(x / page, 1 - y / tall, text, parse_math=False, **style)
-
-    def place(x: float, y: float, w: float, h: float) -> Axes:
-        axes = figure.add_axes((x / page, 1 - (y + h) / tall, w / page, h / tall))
-        axes.set_xticks([])
-        axes.set_yticks([])
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        return axes
-
-    y = MARGIN
-    for text in title_lines:
-        write(MARGIN, y, text, fontsize=17, fontweight="bold", color=INK, va="top")
-        y += 0.32
-    for text in header_lines:
-        write(MARGIN, y, text, fontsize=11, color=FAINT, va="top")
-        y += 0.22
-    y = head
-    for row, row_height in zip(rows, row_heights, strict=True):
-        for index, panel in enumerate(row):
-            x = MARGIN + index * (WIDTH + GAP)
-            write(x, y + TITLE - 0.08, panel.title, fontsize=11, fontweight="bold", color=INK, va="baseline")
-            axes = place(x, y + TITLE, WIDTH, picture)
-            axes.set_facecolor("black")
-            panel.draw(axes)
-            if axes.images:  # outlines widen the limits
-                left_edge, right_edge, low, high = axes.images[0].get_extent()
-                axes.set_xlim(left_edge, right_edge)
-                axes.set_ylim(low, high)
-                axes.set_aspect("equal")
-            if panel.key is not None:
-                key = place(x, y + TITLE + picture + 0.07, WIDTH, panel.key_height)
-                key.patch.set_visible(False)
-                key.set_xlim(0, 1)
-                key.set_ylim(0, 1)
-                panel.key(key)
-                key.set_xlim(0, 1)
-                key.set_ylim(0, 1)
-        y += row_height
-    y += 0.05
-    for x, w, card in ((MARGIN, left, cards[0]), (MARGIN + left + GAP, inner - left - GAP, cards[1])):
-        figure.add_artist(
-            FancyBboxPatch(
-                (x / page, 1 - (y + card_height) / tall),
-                w / page,
-                card_height / tall,
-                boxstyle="square,pad=0",
-                transform=figure.transFigure,
-                facecolor=PAPER,
-                edgecolor="#D5D8DD",
-                linewidth=0.8,
-            )
-        )
-        at = y + pad
-        for line in card:
-            if line.badge:
-                write(
-                    x + pad + 0.1,
-                    at + 0.085,
-                    line.badge,
-                    fontsize=10,
-                    fontweight="bold",
-                    ha="center",
-                    va="center",
-                    bbox={
-                        "boxstyle": "circle,pad=0.22",
-                        "facecolor": "white",
-                        "edgecolor": "black",
-                        "linewidth": 0.8,
-                    },
-                )
-            write(
-                x + pad + line.indent,
-                at,
-                line.text,
-                fontsize=line.size,
-                fontweight=line.weight,
-                color=line.colour,
-                va="top",
-            )
-            at += line.step
-    y += card_height + 0.2
-    for line in foot:
-        write(MARGIN, y, line.text, fontsize=line.size, color=line.colour, va="top")
-        y += line.step
-    figure.savefig(path, dpi=DPI)

@@ -1,6 +1,6 @@
 """Whether the scans of a case look like those of training, each modality by itself.
 
-A modality is described by GROUPS of features (`entrust_jax.inference.describe`): what the encoder says of it on average
+A modality is described by GROUPS of features (`entrust_jax.features.describe`): what the encoder says of it on average
 over the body; the grain of the scan; and its look, which is its range of intensities, where in the body they lie, and
 its grain. No class has a part in it. How far a group lies from the training patients' is the logarithm of a Mahalanobis
 distance under a shrunk covariance. Of the look it counts how much farther that is than the distance from the nearest of
