@@ -11,6 +11,7 @@ import pytest
 
 from entrust_jax import api
 from entrust_jax.benchmark import conflict as suite
+from entrust_jax.benchmark import conflict_figures as figures
 from entrust_jax.benchmark.conflict import Observer, Said, Subject
 from entrust_jax.data import dataset, injection, phantom
 from entrust_jax.data.body import coordinates
@@ -83,7 +84,7 @@ def nothing_else(volume, said):
 @pytest.fixture(scope="module", autouse=True)
 def few_resamples():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suite, "RESAMPLES", 100)
+        patch.setattr(figures, "RESAMPLES", 100)
         yield
 
 
@@ -100,7 +101,7 @@ def results():
 @pytest.fixture(scope="module")
 def summary(results):
     names = {name: list(results[0].rows[0]["methods"][name]) for name in ("right", "noise", "constant")}
-    return suite.summarise(results, names, ("A", "B"))
+    return figures.summarise(results, names, ("A", "B"))
 
 
 def test_an_observer_that_follows_conflict_reaches_every_aim(summary):
@@ -117,13 +118,13 @@ def test_the_rim_is_left_out_of_the_inner_figures(results):
     """Samples that disagree about the outline alone say nothing away from it."""
     row = dict(results[0].rows[0])
     region = row["region"]
-    rim = region & ~suite.inner(region)
-    assert rim.any() and suite.inner(region).any()
+    rim = region & ~figures.inner(region)
+    assert rim.any() and figures.inner(region).any()
     row["maps"] = {"x": {"u": (np.where(rim, 0.5, 0.1), np.full(SHAPE, 0.1))}}
-    assert suite.inside(row, "x", "u") == {"auroc": 0.5, "one": pytest.approx(0.1), "all": pytest.approx(0.1)}
+    assert figures.inside(row, "x", "u") == {"auroc": 0.5, "one": pytest.approx(0.1), "all": pytest.approx(0.1)}
     one = np.zeros(SHAPE, bool)
     one[0, 20, 20] = True
-    np.testing.assert_array_equal(suite.inner(one), one)
+    np.testing.assert_array_equal(figures.inner(one), one)
 
 
 def test_noise_and_a_constant_score_chance_and_miss_the_aims(results, summary):
@@ -133,7 +134,7 @@ def test_noise_and_a_constant_score_chance_and_miss_the_aims(results, summary):
     assert noisy["p_sign_flip"] > 0.01
     assert still["kendall_tau"]["value"] is None  # it was not asked at lower doses
     names = {"noise": ["disagreement"], "right": ["disagreement"]}
-    assert not any(one["met"] for one in suite.summarise(results, names, ("A", "B"))["aims"].values())
+    assert not any(one["met"] for one in figures.summarise(results, names, ("A", "B"))["aims"].values())
 
 
 def test_another_patients_map_says_nothing(summary):
@@ -161,9 +162,9 @@ def test_hypotheses_that_change_are_counted(results):
 
 def test_without_a_region_there_is_no_result():
     volume = scan(0)
-    assert not suite.placed(np.zeros(SHAPE, bool), volume.body, volume.body).any()
+    assert not figures.placed(np.zeros(SHAPE, bool), volume.body, volume.body).any()
     region = volume.label > 0
-    np.testing.assert_array_equal(suite.placed(region, volume.body, volume.body), region)
+    np.testing.assert_array_equal(figures.placed(region, volume.body, volume.body), region)
 
 
 def test_the_exact_figures_of_a_planted_lie(config):
@@ -247,7 +248,7 @@ def test_a_run_writes_its_figures_for_networks_too(methods, config, tmp_path):
         "unet, augmented at test time: disagreement", "unet, augmented at test time: divergence",
         "unet, augmented at test time: entropy",
     }  # fmt: skip
-    assert written["mc_dropout"] == {"value": None, "reason": suite.NO_DROPOUT}
+    assert written["mc_dropout"] == {"value": None, "reason": figures.NO_DROPOUT}
     assert len(written["rows"]) == written["injections"] == found["injections"]
     assert "| aim | value | met |" in (tmp_path / "conflict.md").read_text()
     assert (tmp_path / "conflict.png").stat().st_size > 10_000
