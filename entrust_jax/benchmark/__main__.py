@@ -4,6 +4,7 @@ python -m entrust_jax.benchmark --suite=latency --config=configs/glioma.py
 python -m entrust_jax.benchmark --suite=volume --config=configs/brats.py [--shape=155,240,240 | --workdir=W]
 python -m entrust_jax.benchmark --suite=compile --config=configs/brats.py --output=O
 python -m entrust_jax.benchmark --suite=trust --workdir=W --output=O [--patients=512] [--spoilt=64]
+python -m entrust_jax.benchmark --suite=subsets --workdir=W --output=O [--data_dir=D] [--split=test|all]
 python -m entrust_jax.benchmark --suite=conflict --workdir=W[,U,...] [--output=O] [--data_dir=D] [--slices=N]
 python -m entrust_jax.benchmark --suite=semisynthetic --config=configs/glioma.py --config.data.dir=D --output=O
 python -m entrust_jax.benchmark --suite=semisynthetic --workdir=W
@@ -17,6 +18,7 @@ leave to be seen in its test cases.
 compile: memory and FLOPs of a training step on one device and on eight, compiled without data and not run: O/NAME.json.
 trust: whether a trained EnTrust tells spoilt scans, keeps its guarantees over random divisions of its calibration and
 test patients, and predicts its Dice. Writes trust.json and trust.md.
+subsets: masks, calibration and guarantees of a trained model on its test cases from every subset of their modalities.
 conflict: whether the uncertainty of a trained EnTrust, W, follows conflict injected into one modality of its test
 cases; the same figures of the U-Nets and ensembles named after it.
 semisynthetic: makes a set of D's scans, in which each modality shows or hides a lesion with known --reliability, to be
@@ -54,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
         "volume": volume_suite,
         "compile": compile_suite,
         "trust": trust_suite,
+        "subsets": subsets_suite,
         "conflict": conflict_suite,
         "semisynthetic": semisynthetic_suite,
     }
@@ -138,6 +141,28 @@ def trust_suite(config: Any) -> None:
     print((output / "trust.md").read_text())
 
 
+def subsets_suite(config: Any) -> None:
+    """Writes subsets.json and subsets.md into --output, and prints the latter."""
+    del config
+    from entrust_jax import evaluate
+    from entrust_jax.benchmark import subsets
+    from entrust_jax.runtime import logs
+
+    for name in ("workdir", "output"):
+        if not FLAGS[name].value:
+            raise UserError(f"--{name} is missing: --suite=subsets --workdir=FOLDER_OF_A_TRAINING --output=FOLDER")
+    output = Path(FLAGS.output)
+    cli.check_place(output, "--output")
+    methods = evaluate.load_methods([Path(one_folder())])
+    targets = evaluate.common_targets({name: trained.config for name, trained in methods.items()}, "glioma")
+    volumes, _ = evaluate.read_volumes(methods, FLAGS.data_dir, FLAGS.split)
+    ((name, trained),) = methods.items()
+    about = {"command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]])}
+    about |= {"code_version": logs.code_version(), "calibrator": trained.rung}
+    subsets.run(trained, volumes[name], targets, output, about)
+    print((output / "subsets.md").read_text())
+
+
 def conflict_suite(config: Any) -> None:
     """Writes conflict.json, conflict.md and conflict.png into --output, by default W/conflict."""
     del config
@@ -203,7 +228,7 @@ def one_folder() -> str:
 
 
 if __name__ == "__main__":
-    names = ["phantom", "steps", "latency", "volume", "compile", "trust", "conflict", "semisynthetic"]
+    names = ["phantom", "steps", "latency", "volume", "compile", "trust", "subsets", "conflict", "semisynthetic"]
     flags.DEFINE_enum("suite", "phantom", names, "What to measure.")
     flags.DEFINE_list("shape", ["155", "240", "240"], "volume: voxels of the scan along D, H, W.")
     flags.DEFINE_string("output", None, "Folder for the results, or for the set.")

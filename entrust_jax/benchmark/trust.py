@@ -21,6 +21,7 @@ from entrust_jax.data import augment, dataset, intensity, phantom
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.metrics import statistics
+from entrust_jax.report import markdown
 from entrust_jax.runtime import logs
 from entrust_jax.trustmap import conformal, ood
 
@@ -372,14 +373,13 @@ def table(found: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for kind, one in unlike["faults"].items():
-        cells = [
-            written(one[name]) for name in ("auroc", "flagged", "flagged_the_right_scan", "right_scan_is_farthest")
-        ]
+        names = ("auroc", "flagged", "flagged_the_right_scan", "right_scan_is_farthest")
+        cells = [markdown.figure(one[name]) for name in names]
         lines.append(f"| {kind} | {one['cases']} | " + " | ".join(cells) + " |")
-    expected = unlike["false_alarms"]["expected_of_patients_like_the_reference"]
+    alarms = unlike["false_alarms"]
     lines += [
-        f"| none (false alarms) | {unlike['false_alarms']['n']} | | {written(unlike['false_alarms'])}, expected "
-        f"{expected:.3f} | | |",
+        f"| none (false alarms) | {alarms['n']} | | {markdown.figure(alarms)}, expected "
+        f"{alarms['expected_of_patients_like_the_reference']:.3f} | | |",
         "",
         f"{again['times']} divisions into {again['calibration']} calibration and {again['test']} test patients:",
         "",
@@ -396,15 +396,7 @@ def table(found: dict[str, Any]) -> str:
     for name in ("as_it_is", "under_the_map", "delivered"):
         one = dice[name]
         rho = "-" if one["spearman"] is None else f"{one['spearman']:.2f}"
-        lines.append(f"| {name.replace('_', ' ')} | {written(one['mean_error'])} | {rho} | {one['n']} |")
+        lines.append(f"| {name.replace('_', ' ')} | {markdown.figure(one['mean_error'])} | {rho} | {one['n']} |")
     if dice["map"]["reason"]:
         lines += ["", f"No map is used: {dice['map']['reason']}."]
     return "\n".join(lines) + "\n"
-
-
-def written(figure: dict[str, Any]) -> str:
-    """A figure as value [low, high]."""
-    if figure["value"] is None:
-        return "-"
-    interval = figure["ci95"]
-    return f"{figure['value']:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
