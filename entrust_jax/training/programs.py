@@ -71,17 +71,24 @@ def compile_stage(config: Any, network: Any, stage: Stage, devices: Any) -> Comp
     compile_seconds = time.perf_counter() - began
 
     abstract, batch = step_shapes(config, stage, devices)
-    empty = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), batch)
+    empty = zeros(batch)
     seconds = step_seconds(config, stage, call, devices, [empty, empty])
     memory = call.memory_analysis()
     used = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
     return Compiled(call, validate, abstract, compile_seconds, seconds, used / 2**20)
 
 
+def zeros(shapes: Any) -> Any:
+    """Arrays of these shapes, types and places."""
+    return jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), shapes)
+
+
 def step_seconds(config: Any, stage: Stage, call: Callable[..., Any], devices: Any, batches: Sequence[Batch]) -> float:
-    """Seconds of a step: the least of one on each of these batches, after a first one that also faults memory in."""
-    tx, whole = optimiser(config, stage), mesh.replicated(devices)
-    state, key = jax.jit(lambda: initial_state(config, tx), out_shardings=whole)(), step_key(config, stage)
+    """Seconds of a step: the least of one on each of these batches, after a first one that also faults memory in.
+
+    The state is all zeros: a step costs the same, and the program that draws a first state need not be compiled.
+    """
+    state, key = zeros(step_shapes(config, stage, devices)[0]), step_key(config, stage)
     times = []
     for batch in (batches[0], *batches):
         began = time.perf_counter()
