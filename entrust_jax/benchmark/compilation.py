@@ -7,10 +7,11 @@ then XLA:CPU's buffer assignment, which is no promise for another backend: the C
 float32 copies and fuses less, so an accelerator should need less.
 """
 
+import json
 import resource
 import time
 import unittest.mock
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,21 @@ def described(config: Any) -> dict[str, Any]:
     }
 
 
-def measure(config: Any, counts: Sequence[int] = DEVICES) -> Iterator[dict[str, Any]]:
-    """Memory and floating-point operations of a step, by number of devices and stage.
+def measure(
+    config: Any, counts: Sequence[int] = DEVICES, known: Sequence[Mapping[str, Any]] = ()
+) -> Iterator[dict[str, Any]]:
+    """Memory and floating-point operations of a step, by number of devices and stage, but those known already.
 
     The config's batch is that of one device; n devices share one n times as large.
     """
+    done = {(row["stage"], row["devices"]) for row in known}
     config = config.copy_and_resolve_references()
     batch, network = config.train.batch, networks.network_of(config)
     for count in counts:
         config.train.batch = batch * count
         for stage in plan_stages(config, network):
-            yield step(config, network, stage, count)
+            if (stage.name, count) not in done:
+                yield step(config, network, stage, count)
 
 
 def step(config: Any, network: Any, stage: Stage, count: int) -> dict[str, Any]:
@@ -99,11 +104,22 @@ def in_words(row: dict[str, Any]) -> str:
 
 
 def run(config: Any, output: Path) -> Path:
-    """Writes <output>/<config's name>.json and returns its path."""
+    """Writes <output>/<config's name>.json and returns its path; what it says of the same program already is kept."""
     output.mkdir(parents=True, exist_ok=True)
-    path, rows = output / f"{config.name}.json", []
-    for row in measure(config):
+    path, about = output / f"{config.name}.json", described(config)
+    rows = earlier(path, about)
+    for row in measure(config, known=rows):
         print(in_words(row), flush=True)
         rows.append(row)
-        logs.write_json(path, described(config) | {"steps": rows})  # the next one may be too large for this machine
+        logs.write_json(path, about | {"steps": rows})  # the next one may be too large for this machine
     return path
+
+
+def earlier(path: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier run that compiled the same; none where it compiled something else, or is damaged."""
+    try:
+        found = json.loads(path.read_text())
+        rows = found.pop("steps")
+    except (OSError, ValueError, KeyError, AttributeError):
+        return []
+    return rows if found == json.loads(json.dumps(about)) else []

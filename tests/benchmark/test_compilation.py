@@ -34,14 +34,26 @@ def test_devices_share_the_work(found):
 
 
 def test_it_says_what_was_compiled(config, tmp_path, monkeypatch, capsys):
-    rows = [{"stage": "unet"}, {"stage": "other"}]
-    monkeypatch.setattr(compilation, "measure", lambda config: iter(rows))
+    rows = [{"stage": "unet", "devices": 1}, {"stage": "other", "devices": 1}]
+    monkeypatch.setattr(compilation, "measure", lambda config, known: iter(row for row in rows if row not in known))
     monkeypatch.setattr(compilation, "in_words", lambda row: row["stage"])
     written = json.loads(compilation.run(config, tmp_path / "new").read_text())
     assert capsys.readouterr().out.split() == ["unet", "other"]
     assert written["steps"] == rows
     assert (written["method"], written["patch"], written["batch_per_device"]) == ("unet", [16, 16], 2)
     assert written["strides"] == [[2, 2], [2, 2]] and written["compute"] == "float32"
+    rows += [{"stage": "more", "devices": 1}]
+    assert json.loads(compilation.run(config, tmp_path / "new").read_text())["steps"] == rows
+    assert capsys.readouterr().out.split() == ["more"]
+    other = config.copy_and_resolve_references()
+    other.train.batch = 3
+    compilation.run(other, tmp_path / "new")
+    assert capsys.readouterr().out.split() == ["unet", "other", "more"]  # a program of its own, nothing is kept
+
+
+def test_what_is_known_is_not_compiled_again(config):
+    known = [{"stage": "unet", "devices": 1}]
+    assert list(compilation.measure(config, (1,), known)) == []
 
 
 def test_a_wider_network_takes_more(found, config):
