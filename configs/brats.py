@@ -9,8 +9,9 @@ Volumes: patches of 128 x 128 x 128 voxels, four scales of 32 to 256 channels, a
 again for the gradient. The batch is meant for one device of 80 GB, which was not tried (68.6 GiB by the CPU's compiler,
 docs/evidence/compile): take 1, or patches of 96, where it does not fit; on eight devices --config.train.batch=16.
 
-Time: the demo about 6 minutes on two CPU cores, compilation included; the other settings were not run here. Scores: the
-demo prints its validation Dice; those of the others are not known.
+Time: the demo about 6 minutes on two CPU cores, compilation included; the other settings were not run here in full.
+Scores: the demo prints its validation Dice; a small 2-D setting on three cases of BraTS 2013 is in docs/data-sets.md;
+those of the others are not known.
 
 By registration, on the terms of these pages: 2020 https://www.med.upenn.edu/cbica/brats2020/data.html, 2021
 https://www.cancerimagingarchive.net/analysis-result/rsna-asnr-miccai-brats-2021, 2023

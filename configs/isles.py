@@ -4,7 +4,8 @@
 
 250 cases of three hospitals (Hernandez Petzsche et al. 2022, doi 10.1038/s41597-022-01875-5), CC BY-SA 4.0:
 https://zenodo.org/records/7153326; the folder holds rawdata/ and derivatives/. FLAIR comes on a grid of its own and is
-resampled onto DWI; the in-plane spacing is the training cases' median. Time and score: not run here. Infarcts may be
+resampled onto DWI; the in-plane spacing is the training cases' median. Time and score of the set: not run here; a
+single case of it, trained on with 400 + 1000 steps in 17 CPU-minutes, has Dice .71 (docs/data-sets.md). Infarcts may be
 many and small: evaluate with --lesions=metastases.
 """
 
