@@ -167,7 +167,8 @@ def _parse(argv: Sequence[str], required: Sequence[str], words: str) -> list[str
             raise
         # ml_collections quotes its own message once more, line breaks spelt out.
         message = str(error.args[0] if error.args else error).replace("\\n", "; ").replace("\\'", "").strip("'")
-        if only := re.fullmatch(r"\W*(\w+)\W*", message):  # an empty ConfigDict names the key alone
+        only = re.fullmatch(r"\W*(\w+)\W*", message)
+        if only and isinstance(error, KeyError | AttributeError):  # an empty ConfigDict names the key alone
             message = f"no key {only[1]} here; what a config file does not list is added in a copy of that file"
         raise UserError(f"{config}: {_override(argv, message)}{_one_line(message)}") from error
     except SystemExit:  # absl leaves with 1 after --help, which is no failure

@@ -264,8 +264,8 @@ def estimate(
     """About how much memory predicting a scan takes, beside the parameters and the scan, in bytes (ours).
 
     The most that is held at once in one of five stages: the looks at windows, the hypotheses, the probes, the maps'
-    way back into the scan, and what `inference.finish` makes of them. Of the programs, what the compiler reserves on
-    all devices. All windows that touch the body are taken to be sampled.
+    way back into the scan, and what `inference.finish` makes of them on the grid that the network sees. Of the
+    programs, what the compiler reserves on all devices. All windows that touch the body are taken to be sampled.
     """
     around, static = frame(volume, window, unit), {"model": model, "sampler": sampler, "mesh": mesh}
     at, key = lattices.origins(around.scan["body"], window, unit), jax.random.key(0)
@@ -293,9 +293,9 @@ def estimate(
     maps = looked + drawn + asked
     stages = {
         "looks": held + reserved["looks"] + looked * (lattice + batch["body"].size) + condition * count,
-        "hypotheses": held + reserved["hypotheses"] + looked * lattice + condition * (count + room),
+        "hypotheses": held + reserved["hypotheses"] + (looked + n) * lattice + condition * (count + room),
         "probes": held + reserved["probes"] + (maps + joining) * lattice,
-        "way back": held + maps * scan + DISTANCES * scan,
+        "way back": held + (n + 1) * lattice + maps * scan + DISTANCES * scan,
         "finish": (maps + 2 * inputs + 12 * k) * scan,
     }
     return {
@@ -437,6 +437,7 @@ def examine(
     del needed
     memory.give_back()
     maps |= drawn
+    del drawn
     label, decision = case.dice_bayes(maps["mean"], labels)
 
     unasked = {
@@ -457,13 +458,13 @@ def examine(
         found["counterfactual"] = np.argmax(found["counterfactual"], axis=-1).astype(np.uint8)
         for name, value in unasked.items():  # what no window asked about stays as it is
             value[...] = np.where(seen, found[name], value)
-        del found
+        del found, whole
     maps |= unasked
     del unasked
     memory.give_back()
     shape, background = volume.body.shape, np.eye(model.classes, dtype=np.float32)[0]
     raw: Raw = {}
-    for name in list(maps):  # one by one, so that a map is hardly ever held twice
+    for name in list(maps):  # one by one, so that no map but the labels is held twice
         value = maps.pop(name)
         raw[name] = place(value, around, shape, axis=int(name in AHEAD), fill=_fill(name, value, background))
     raw |= {"hypotheses": place(labels, around, shape, axis=1), "label": place(label, around, shape)}

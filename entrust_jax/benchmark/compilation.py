@@ -35,6 +35,9 @@ def described(config: Any) -> dict[str, Any]:
         "patch": list(config.data.patch),
         "widths": list(network.widths),
         "strides": [list(factor) for factor in network.strides],
+        "modalities": len(config.data.modalities),
+        "classes": len(config.data.classes),
+        "draws": config.train.draws,
         "compute": network.compute,
         "remat": network.remat,
         "batch_per_device": config.train.batch,
@@ -108,6 +111,8 @@ def run(config: Any, output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     path, about = output / f"{config.name}.json", described(config)
     rows = earlier(path, about)
+    for row in rows:
+        print(f"kept from an earlier run; remove {path} to compile it again: {in_words(row)}", flush=True)
     for row in measure(config, known=rows):
         print(in_words(row), flush=True)
         rows.append(row)
@@ -120,6 +125,7 @@ def earlier(path: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
     try:
         found = json.loads(path.read_text())
         rows = found.pop("steps")
-    except (OSError, ValueError, KeyError, AttributeError):
+        known = all({"stage", "devices"} <= set(row) for row in rows)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return []
-    return rows if found == json.loads(json.dumps(about)) else []
+    return rows if known and isinstance(rows, list) and found == json.loads(json.dumps(about)) else []

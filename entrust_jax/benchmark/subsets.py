@@ -103,10 +103,10 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     lines = markdown.table(head, rows)
     lines += [
         "",
-        "Intervals are of 95 % over patients. ECE: class-wise, in the region of interest of each prediction, so not on"
-        " the same voxels from row to row; before and after the calibrator, fitted once, on calibration patients with"
-        " the modalities that they have. The last two columns: what the guaranteed masks miss and hold too much,"
-        " mean over patients; '-' where none is given.",
+        "Intervals are of 95 % over patients, from 10 patients on. ECE: class-wise, in the region of interest of each"
+        " prediction, so not on the same voxels from row to row; before and after the calibrator, fitted once, on"
+        " calibration patients with the modalities that they have. The last two columns: what the guaranteed masks miss"
+        " and hold too much, mean over patients; '-' where none is given.",
     ]
     return "\n".join(lines) + "\n"
 

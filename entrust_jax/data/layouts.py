@@ -178,21 +178,23 @@ def list_cases(
     cases = [case for case in cases if case.name not in odd]
     if not cases and not mistakes:
         refuse_dicom(place)
-        below = _one_below(place, find, known)
-        mend = f"{below} does: give that folder" if below else f"the {layout} layout expects {expected}"
+        below = _below(place, find, known)
+        mend = f"but folders in it do: {', '.join(below)}; give one of them, or put their cases into one"
+        mend = mend if below else f"the {layout} layout expects {expected}"
         raise UserError(f"{place}: holds no case with any of {', '.join(modalities)}; {mend}")
     return Listing(cases, mistakes)
 
 
-def _one_below(place: Path, find: Callable[[Path, Names], Listing], known: Names) -> Path | None:
-    """The first folder in another one that holds cases: BraTS 2019 came as HGG/ and LGG/, archives unpack into one."""
+def _below(place: Path, find: Callable[[Path, Names], Listing], known: Names) -> list[str]:
+    """The folders in another one that hold cases: BraTS 2019 came as HGG/ and LGG/, archives unpack into one."""
+    found = []
     for folder in sorted(path for path in place.iterdir() if path.is_dir()) if place.is_dir() else []:
         try:
             if any(case.images for case in find(folder, known).cases):
-                return folder
+                found.append(folder.name)
         except (UserError, OSError):  # not this layout either
             continue
-    return None
+    return found
 
 
 def _is_text(name: str) -> bool:

@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from scipy import ndimage
 
 from entrust_jax.data.body import body_mask, coordinates
-from entrust_jax.data.cases import JPEG, PICTURES, Case, dicom_mistake, ending_of, is_dicom
+from entrust_jax.data.cases import ENDINGS, JPEG, PICTURES, Case, dicom_mistake, ending_of, is_dicom
 from entrust_jax.data.intensity import Rule, normalise, rules_of
 from entrust_jax.data.registration import doubts
 from entrust_jax.errors import UserError
@@ -160,9 +160,10 @@ def load_scan(path: Path) -> tuple[Grid, np.ndarray]:
     values, affine = values.reshape(values.shape[:3]), image.affine
     orientation = _orientation(path, affine)
     if values.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and said below
+            values = values.astype(np.float32)
         if not np.isfinite(values).all():
             raise UserError(f"{path}: contains NaN or infinite values; replace them or export the scan again")
-        values = values.astype(np.float32)
     affine = affine @ orientations.inv_ornt_aff(orientation, values.shape)
     values = orientations.apply_orientation(values, orientation)
     return Grid(path, values.shape, affine), values
@@ -192,7 +193,7 @@ def _check_header(path: Path, image: Any, held: int) -> None:
     if len(shape) < 3 or math.prod(shape[3:]) > 1:
         mend = "give it a third axis of 1" if len(shape) < 3 else "split it into 3-D files"
         raise UserError(f"{path}: has shape {shape}, expected one 3-D scan; {mend}")
-    if is_proxy(image.dataobj):  # else it is in memory already
+    if is_proxy(image.dataobj) and ending_of(path.name, ENDINGS):  # pictures are in memory, other formats in two files
         promised = image.dataobj.offset + math.prod(shape) * dtype.itemsize
         if promised > held:
             raise UserError(

@@ -203,8 +203,9 @@ def exchanged(findings: Sequence[Finding], modalities: Sequence[str]) -> list[st
         if own > SUSPICIOUS * other:
             pairs = [f"{modalities[a]} looks like {modalities[b]}" for a, b in zip(here, best, strict=True) if a != b]
             lines.append(f"case {finding.name}: {', '.join(pairs)}; see whether the files were exchanged")
-    if len(modalities) > 1 and 0 < len(seen) <= LEAST_CASES:
-        lines.append(f"{len(seen)} cases are too few to notice exchanged files: that takes {LEAST_CASES + 1}")
+    few = [name for name in modalities if 0 < sum(name in one.present for one in seen) <= LEAST_CASES]
+    if len(modalities) > 1 and few:
+        lines.append(f"too few cases to notice exchanged files of {', '.join(few)}: that takes {LEAST_CASES + 1}")
     return lines
 
 

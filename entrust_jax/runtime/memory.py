@@ -2,13 +2,14 @@
 
 import ctypes
 import functools
-import resource
 import sys
 from collections.abc import Callable
 
 
 def peak() -> int:
     """The most memory, in bytes, that this process has held so far."""
+    import resource  # which Windows lacks; only measurements ask
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
@@ -27,5 +28,5 @@ def give_back() -> None:
 def _trim() -> Callable[[int], int] | None:
     try:
         return ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # not glibc; on Windows there is no library without a name
+    except (AttributeError, OSError, TypeError):  # another C library; Windows has none without a name
         return None

@@ -44,7 +44,9 @@ def test_it_says_what_was_compiled(config, tmp_path, monkeypatch, capsys):
     assert written["strides"] == [[2, 2], [2, 2]] and written["compute"] == "float32"
     rows += [{"stage": "more", "devices": 1}]
     assert json.loads(compilation.run(config, tmp_path / "new").read_text())["steps"] == rows
-    assert capsys.readouterr().out.split() == ["more"]
+    *kept, new = capsys.readouterr().out.splitlines()
+    assert new == "more" and [line.split()[-1] for line in kept] == ["unet", "other"]
+    assert all(line.startswith("kept from an earlier run; remove ") for line in kept)
     other = config.copy_and_resolve_references()
     other.train.batch = 3
     compilation.run(other, tmp_path / "new")

@@ -69,6 +69,9 @@ def test_rows_are_of_the_cases_that_have_the_modalities_and_know_a_worse_calibra
         return {
             "label": label, "probability": hedged, "probability_raw": p, "error_probability": zero + 0.25,
             "entropy": zero + 0.5, "seconds": 1.0,
+            "conformal": {
+                "dice": None, "volume": {}, "outer_mask": {"lesion": lesion}, "inner_mask": {},
+            },
         }  # fmt: skip
 
     monkeypatch.setattr(api, "predict_volume", predict)
@@ -93,3 +96,4 @@ def test_rows_are_of_the_cases_that_have_the_modalities_and_know_a_worse_calibra
     assert with_it["after"]["value"] > 0.2  # hedged without need
     text = (tmp_path / "out" / "subsets.md").read_text().splitlines()
     assert text[2].startswith("| T1 + FLAIR + T1ce | 2 | 1.000 | ") and len([x for x in text if x[:2] == "| "]) == 9
+    assert all(x.endswith("| 0.000 | - |") for x in text[2:9])  # no lesion outside the outer mask, no inner one given

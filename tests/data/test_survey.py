@@ -63,7 +63,7 @@ def test_a_missing_modality_and_few_cases_say_nothing_of_exchanges():
     (line,) = survey.exchanged([finding(one) for one in volumes], MODALITIES)
     assert "FLAIR" not in line
     assert survey.exchanged([finding(one) for one in volumes[:8]], MODALITIES) == [
-        "8 cases are too few to notice exchanged files: that takes 9"
+        "too few cases to notice exchanged files of T1, FLAIR, T1ce: that takes 9"
     ]
     assert survey.exchanged([], MODALITIES) == []
 
