@@ -427,6 +427,7 @@ def examine(
     window: the training patch. unit: voxels along each axis of one voxel of the network's coarsest scale.
     """
     static = {"model": model, "sampler": sampler, "mesh": mesh}
+    memory.give_back()  # of the scan before
     around = frame(volume, window, unit)
     at, conditions, maps = first_look(params, around, key, **static)
     active = active_windows(maps["one_step"], around, at)
