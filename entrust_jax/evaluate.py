@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import shlex
 import sys
 import time
@@ -28,7 +27,7 @@ from entrust_jax.errors import UserError
 from entrust_jax.metrics import calibration, comparison, conflict, lesions, scoring, summary, usefulness
 from entrust_jax.report import curves
 from entrust_jax.report import output as output_folder
-from entrust_jax.runtime import logs
+from entrust_jax.runtime import logs, memory
 from entrust_jax.trustmap import conformal
 
 FLAGS = flags.FLAGS
@@ -269,10 +268,8 @@ def seen_in_training(trained: Any, scores: Sequence[scoring.Scores]) -> list[str
 
 def peak_memory() -> dict[str, Any]:
     """Largest resident memory of this process so far, as a figure."""
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    megabytes = size / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB on Linux
     reason = "one measurement: host memory of the whole process, data and every method included"
-    return {"value": round(megabytes, 1), "ci95": None, "n": 1, "reason": reason}
+    return {"value": round(memory.peak() / 2**20, 1), "ci95": None, "n": 1, "reason": reason}
 
 
 def write_results(

@@ -31,7 +31,7 @@ from entrust_jax.trustmap import case, statistics
 
 Size = tuple[int, ...]
 _DATA, _WHOLE = PartitionSpec(AXIS), PartitionSpec()
-DISTANCES = 76  # bytes a voxel while distances to the border are measured (scipy's transform, two maps of doubles)
+DISTANCES = 76  # bytes a voxel while distances to the border are measured: indices and offsets along three axes
 AHEAD = (*STACKED, "members")  # maps with an axis before the voxels
 DRAWN = ("mean", "entropy", "within", "divergence", "disagreement", "gap")
 

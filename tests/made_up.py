@@ -28,6 +28,13 @@ def volume(body: np.ndarray, present: Sequence[bool] = (True, True)) -> Volume:
     )
 
 
+def slices(present: Sequence[bool] = (True, True)) -> Volume:
+    """A case of 8 slices whose odd size in plane, 15 x 13, has to be padded to 16."""
+    body = np.ones((8, 15, 13), bool)
+    body[:, :2] = False
+    return volume(body, present)
+
+
 def parameters(init: Callable[..., Any], *arguments: Any) -> Any:
     """Random in every entry, so that nothing is closed by a zero initialisation."""
     shapes = jax.eval_shape(init, *arguments)

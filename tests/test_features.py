@@ -10,7 +10,6 @@ import numpy as np
 import made_up
 from entrust_jax import features, inference
 from entrust_jax.data import pipeline
-from entrust_jax.data.preprocess import Volume
 from entrust_jax.model import EnTrust
 from entrust_jax.runtime.mesh import data_mesh
 from entrust_jax.trustmap import ood
@@ -20,16 +19,9 @@ MODEL = EnTrust(M, K, widths=(4, 8, 8), d_c=4, d_u=4, strides=((2, 2),) * 3, hea
 KEY = jax.random.key(3)
 
 
-def volume(present=(True, True)) -> Volume:
-    """Of an odd in-plane size, so that padding is needed."""
-    body = np.ones((DEPTH, SIZE - 1, SIZE - 3), bool)
-    body[:, :2] = False
-    return made_up.volume(body, present)
-
-
 @functools.cache
 def params():
-    batch = pipeline.evaluation_slices(volume(), multiple=SIZE)
+    batch = pipeline.evaluation_slices(made_up.slices(), multiple=SIZE)
     return made_up.parameters(MODEL.init, {"params": KEY, "dropout": KEY}, batch, KEY)
 
 
@@ -39,7 +31,7 @@ def describe(devices, case):
 
 
 def test_a_modality_is_described_alike_whatever_the_chunks_and_by_itself(monkeypatch):
-    case = volume()
+    case = made_up.slices()
     found = describe(1, case)
     assert set(found) == set(ood.GROUPS)
     assert all(len(rows) == M and np.all(np.isfinite(rows).any(axis=1)) for rows in found.values())
@@ -67,7 +59,7 @@ def test_a_modality_is_described_alike_whatever_the_chunks_and_by_itself(monkeyp
 
 
 def test_a_missing_modality_is_not_described():
-    found = describe(8, volume(present=(False, True)))
+    found = describe(8, made_up.slices(present=(False, True)))
     for rows in found.values():
         assert np.all(np.isnan(rows[0])) and np.any(np.isfinite(rows[1]))
     assert np.isnan(found["encoder"][1, -1])  # no conflict with what is not there

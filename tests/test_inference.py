@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 import made_up
 from entrust_jax import inference
 from entrust_jax.data.body import coordinates
-from entrust_jax.data.preprocess import Volume
 from entrust_jax.model import EnTrust
 from entrust_jax.runtime.mesh import data_mesh
 from entrust_jax.segdiff import sampler as segdiff_sampler
@@ -28,22 +27,15 @@ SAMPLER = Sampler(0.2, -12.0, 7.0, 3)
 KEY = jax.random.key(3)
 
 
-def volume(present=(True, True)) -> Volume:
-    """Of an odd in-plane size, so that padding is needed."""
-    body = np.ones((DEPTH, SIZE - 1, SIZE - 3), bool)
-    body[:, :2] = False
-    return made_up.volume(body, present)
-
-
 @functools.cache
 def params():
-    batch = inference.pipeline.evaluation_slices(volume(), multiple=SIZE)
+    batch = inference.pipeline.evaluation_slices(made_up.slices(), multiple=SIZE)
     return made_up.parameters(MODEL.init, {"params": KEY, "dropout": KEY}, batch, KEY)
 
 
 def examine(devices, case=None, **options):
     return inference.examine(
-        params(), case or volume(), KEY, model=MODEL, sampler=SAMPLER, mesh=data_mesh(jax.devices()[:devices]),
+        params(), case or made_up.slices(), KEY, model=MODEL, sampler=SAMPLER, mesh=data_mesh(jax.devices()[:devices]),
         hypotheses=N, multiple=SIZE, **options,
     )  # fmt: skip
 
@@ -87,7 +79,7 @@ def test_short_scans_are_not_filled_up_to_a_whole_chunk(slices, devices, size):
 
 
 def test_slices_without_foreground_are_not_sampled(raw, monkeypatch):
-    seen = np.max((1 - raw["one_step"][..., 0]) * volume().body, axis=(1, 2))
+    seen = np.max((1 - raw["one_step"][..., 0]) * made_up.slices().body, axis=(1, 2))
     monkeypatch.setattr(inference, "ACTIVE", float(np.median(seen)))
     found = examine(8)
     active = seen > np.median(seen)
@@ -130,7 +122,7 @@ def test_thinning_stands_for_every_slice_of_the_body(kinds, count):
 
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_missing_modality_leaves_everything_finite(raw, missing):
-    case = volume(tuple(m != missing for m in range(M)))
+    case = made_up.slices(tuple(m != missing for m in range(M)))
     found = examine(8, case)
     for name, value in found.items():
         assert np.all(np.isfinite(np.asarray(value, np.float64))), name
@@ -159,7 +151,7 @@ def on_grid(case, body, spacing):
 @pytest.mark.parametrize("action", [0.35, 2])
 def test_what_was_said_on_a_working_grid_is_carried_to_the_scan(raw, action):
     """The scan has other voxels over the same field of view: every map comes on its grid, and they agree there."""
-    examined = volume()
+    examined = made_up.slices()
     shape = (12, 2 * (SIZE - 1), SIZE - 3)
     body = np.zeros(shape, bool)
     body[:, 4:] = True
@@ -187,7 +179,7 @@ def test_what_was_said_on_a_working_grid_is_carried_to_the_scan(raw, action):
 
 def test_a_head_that_moves_the_error_moves_it_on_the_scan_too(raw):
     """What the calibrator adds to the logit of e goes along with the label that it is about."""
-    examined = volume()
+    examined = made_up.slices()
     scan = on_grid(examined, np.ones((DEPTH, 2 * SIZE - 2, SIZE - 3), bool), (3.0, 0.5, 1.0))
     p = np.full((DEPTH, SIZE - 1, SIZE - 3, K), (0.2, 0.7, 0.1), np.float32)
     label = np.ones(p.shape[:-1], np.uint8)
@@ -202,7 +194,7 @@ def test_a_head_that_moves_the_error_moves_it_on_the_scan_too(raw):
 
 
 def test_a_model_of_one_modality_has_no_conflict_and_gives_all_credit_to_it():
-    case = volume()
+    case = made_up.slices()
     case = dataclasses.replace(
         case, image=case.image[:1, :3], present=np.array([True]), body=case.body[:3], coordinates=case.coordinates[:3]
     )
@@ -224,7 +216,7 @@ def test_a_model_of_one_modality_has_no_conflict_and_gives_all_credit_to_it():
 
 
 def test_a_prediction_has_all_its_maps(raw):
-    done, space = finish(dict(raw), volume()), (DEPTH, SIZE - 1, SIZE - 3)
+    done, space = finish(dict(raw), made_up.slices()), (DEPTH, SIZE - 1, SIZE - 3)
     assert done["label"].dtype == done["cause"].dtype == done["hypotheses"].dtype == np.uint8
     for name in ("probability", "probability_raw"):
         assert done[name].shape == (*space, K)
@@ -237,7 +229,7 @@ def test_a_prediction_has_all_its_maps(raw):
     assert done["support"].shape == done["unimodal"].shape == (M, *space, K)
     assert done["kappa_pairs"].shape == (1, *space)
     np.testing.assert_allclose(done["entropy"], done["within"] + done["divergence"], atol=1e-4)  # TU = WU + HU
-    body = volume().body
+    body = made_up.slices().body
     assert not done["error_probability"][~body].any() and done["error_probability"][body].any()
     assert not done["cause"][~body].any()
     assert set(done["regions"]) == {"all", "core"} and 0 <= done["predicted_dice"] <= 1
@@ -250,14 +242,14 @@ def test_without_probing_the_mask_and_its_probabilities_are_the_same(raw, monkey
     for name in ("label", "hypotheses", "mean", "one_step", "entropy", "gap"):
         np.testing.assert_allclose(found[name], raw[name], atol=1e-6, err_msg=name)
     assert found["predicted_dice"] == raw["predicted_dice"]
-    done, whole = finish(found, volume()), finish(dict(raw), volume())
+    done, whole = finish(found, made_up.slices()), finish(dict(raw), made_up.slices())
     np.testing.assert_allclose(done["probability_raw"], whole["probability_raw"], atol=1e-6)
     assert done["trust"] == pytest.approx(whole["trust"]) and 0 < done["trust"]["score"] < 1
     assert whole["trust"]["contested_ml"] >= 0 and whole["trust"]["gap"] > 0
 
 
 def test_nothing_is_found_outside_the_body(raw):
-    case = volume()
+    case = made_up.slices()
     outside = ~case.body
     assert outside.any()
     assert not raw["label"][outside].any() and not raw["hypotheses"][:, outside].any()
@@ -271,7 +263,7 @@ def test_nothing_is_found_outside_the_body(raw):
 def chunk(raw):
     """A chunk of eight slices, encoded: (evidence, batch)."""
     evidence, _, batch = inference.first_look(
-        params(), volume(), KEY, model=MODEL, sampler=SAMPLER, mesh=data_mesh(jax.devices()[:1]), multiple=SIZE
+        params(), made_up.slices(), KEY, model=MODEL, sampler=SAMPLER, mesh=data_mesh(jax.devices()[:1]), multiple=SIZE
     )
     return jax.tree.map(jnp.asarray, (evidence, batch))
 

@@ -8,7 +8,6 @@ float32 copies and fuses less, so an accelerator should need less.
 """
 
 import json
-import resource
 import time
 import unittest.mock
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 import jax
 
 from entrust_jax import networks
-from entrust_jax.runtime import logs, mesh
+from entrust_jax.runtime import logs, memory, mesh
 from entrust_jax.training.programs import lower_stage, step_shapes
 from entrust_jax.training.stages import Stage, plan_stages
 
@@ -73,21 +72,21 @@ def step(config: Any, network: Any, stage: Stage, count: int) -> dict[str, Any]:
     traced = time.perf_counter()
     compiled = lowered.compile()
     done = time.perf_counter()
-    memory: Any = compiled.memory_analysis()
+    reserved: Any = compiled.memory_analysis()
     state, _ = step_shapes(config, stage, mesh.data_mesh(jax.devices()[:count]))
     return {
         "stage": stage.name,
         "devices": count,
         "batch": config.train.batch,
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-        "arguments_gib": memory.argument_size_in_bytes / GIB,
-        "temporaries_gib": memory.temp_size_in_bytes / GIB,
+        "arguments_gib": reserved.argument_size_in_bytes / GIB,
+        "temporaries_gib": reserved.temp_size_in_bytes / GIB,
         "tflops_per_device": flops(compiled) / 1e12,
         # The program before XLA optimises and divides it: every operation once, those of rematerialisation twice.
         "tflops_traced_per_device": flops(lowered) / 1e12 / count,
         "trace_seconds": round(traced - began, 1),
         "compile_seconds": round(done - traced, 1),
-        "host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1),
+        "host_gib": round(memory.peak() / GIB, 1),
     }
 
 

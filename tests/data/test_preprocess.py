@@ -426,6 +426,13 @@ def test_a_header_of_any_bytes_is_read_or_refused_in_one_line(tmp_path_factory, 
     assert peak < 10e6
 
 
+def test_values_that_float32_cannot_hold_are_infinite_and_said(tmp_path, recwarn):
+    path = save(tmp_path / "large.nii", head().astype(np.float64) * 1e300)
+    with pytest.raises(UserError, match=r"large\.nii: contains NaN or infinite values"):
+        preprocess.load_scan(path)
+    assert not [one for one in recwarn if one.category is RuntimeWarning]
+
+
 def test_a_header_that_promises_gigabytes_is_refused_before_they_are_allocated(tmp_path):
     path = save(tmp_path / "absurd.nii.gz", head((8, 7, 6)))
     damage_shape(path)
