@@ -26,7 +26,7 @@ from entrust_jax.runtime import memory
 from entrust_jax.runtime.mesh import AXIS, batch_sharding, replicated
 from entrust_jax.segdiff import sampler as segdiff_sampler
 from entrust_jax.segdiff import volume as lattices
-from entrust_jax.segdiff.sampler import Sampler
+from entrust_jax.segdiff.sampler import Denoise, Sampler
 from entrust_jax.trustmap import case, statistics
 
 Size = tuple[int, ...]
@@ -202,6 +202,17 @@ def program(
     )  # fmt: skip
 
 
+def denoiser(model: EnTrust, params: Any) -> Denoise:
+    """The denoiser of windows, whose condition is what `look` returns of them."""
+
+    def denoise(x_t: Array, log_snr: Array, projections: Any) -> Array:
+        condition = Condition(fused=None, projections=projections)  # type: ignore[arg-type]
+        logits = apply(model, params, x_t, log_snr, condition, method="denoise")
+        return inference.in_body(logits, projections.body > 0)
+
+    return denoise
+
+
 def draw(
     params: Any,
     conditions: Any,
@@ -226,12 +237,7 @@ def draw(
     drawn to no use.
     """
 
-    def of_windows(x_t, log_snr, projections):
-        condition = Condition(fused=None, projections=projections)  # type: ignore[arg-type]
-        logits = apply(model, params, x_t, log_snr, condition, method="denoise")
-        return inference.in_body(logits, projections.body > 0)
-
-    denoise = lattices.joined(of_windows, first, at, count, window)
+    denoise = lattices.joined(denoiser(model, params), first, at, count, window)
     p = segdiff_sampler.hypothesis(
         denoise, conditions, conflict, case, key, number[0], sampler=sampler, classes=model.classes
     )

@@ -102,7 +102,7 @@ def volume_suite(config: Any) -> None:
     if FLAGS.workdir:
         trained = api.load(one_folder())
         cases, _ = api.read_cases(trained)
-        found: Any = [volume.seams(trained, one) for one in cases]
+        found: Any = [volume.trace_of_windows(trained, one) for one in cases]
     else:
         if not api.volumetric(config):
             raise UserError(f"config.data.patch is {config.data.patch}: name a config of three numbers, of volumes")

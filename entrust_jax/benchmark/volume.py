@@ -1,25 +1,30 @@
 """The volume suite: minutes and memory of one 3-D scan with all its hypotheses and probes, and what seams cost.
 
 `measure` needs no training: weights are random, so every window is sampled, the dearest case, and neither time nor
-memory depends on their values. `seams` asks a trained network whether windows leave a trace.
+memory depends on their values. `seams` asks a trained network whether windows leave a trace in its hypotheses, and
+`agreement` whether their joined estimates are those of the network on the whole body at once.
 """
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from entrust_jax import api, inference, model, windows
+from entrust_jax import api, inference, model, networks, windows
 from entrust_jax.baselines import unet
 from entrust_jax.data import resampling
 from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.runtime import memory, mesh
+from entrust_jax.segdiff import schedule
 from entrust_jax.segdiff import volume as lattices
 
 GIGABYTE = 2**30
+CLOSE = 1e-2  # of D, which lies in [-b, b]
 
 
 def head(shape: tuple[int, int, int], modalities: int) -> Volume:
@@ -83,35 +88,102 @@ def measure(config: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
     }
 
 
+def trace_of_windows(trained: api.Trained, volume: Volume) -> dict[str, Any]:
+    """What windows leave to be seen in one scan: `seams` and `agreement`, on the working grid."""
+    if isinstance(trained.network, unet.UNet):
+        raise UserError(f"{trained.workdir}: holds a U-Net; seams are those of EnTrust's hypotheses")
+    volume = resampling.at_spacing(volume, trained.spacing)
+    return {"case": volume.name, **seams(trained, volume), "agreement": list(agreement(trained, volume))}
+
+
 def seams(trained: api.Trained, volume: Volume) -> dict[str, Any]:
-    """How windows show in one scan: labels that change across seams beside those that change elsewhere.
+    """Labels that change across seams beside those that change elsewhere.
 
     ratio: share of neighbours of different labels across the planes where some window begins or ends over that across
     all other planes, in the body, over all hypotheses (aim: at most 1.2).
     """
-    if isinstance(trained.network, unet.UNet):
-        raise UserError(f"{trained.workdir}: holds a U-Net; seams are those of EnTrust's hypotheses")
-    volume = resampling.at_spacing(volume, trained.spacing)
-    around = windows.frame(volume, **api.extent(trained.config))
+    around = windows.frame(volume, **networks.extent(trained.config))
     at = lattices.origins(around.scan["body"], around.window, around.unit)
-    raw = api.examine(trained, volume, probed=False)
-    labels = raw["hypotheses"]
+    labels = api.examine(trained, volume, probed=False)["hypotheses"]
     across, elsewhere = np.zeros(2), np.zeros(2)
-    for axis in range(3):
-        ends = {int(o[axis]) + around.low[axis] for o in at} | {
-            int(o[axis]) + around.window[axis] + around.low[axis] for o in at
-        }
+    for axis, ends in enumerate(borders(around, at)):
         pairs = [np.moveaxis(x, axis, 0) for x in (volume.body, *labels)]
         body = pairs[0][1:] & pairs[0][:-1]
         for plane in range(len(body)):
             changed = sum(int((one[plane] != one[plane + 1])[body[plane]].sum()) for one in pairs[1:])
-            total = across if plane + 1 in ends else elsewhere
+            total = across if plane + 1 - around.low[axis] in ends else elsewhere
             total += (changed, int(body[plane].sum()) * len(labels))
     rates = across[0] / max(across[1], 1), elsewhere[0] / max(elsewhere[1], 1)
     return {
-        "case": volume.name,
         "windows": len(at),
         "flips_across_seams": rates[0],
         "flips_elsewhere": rates[1],
         "ratio": rates[0] / rates[1] if rates[1] else None,
     }
+
+
+def borders(around: windows.Frame, at: np.ndarray) -> list[set[int]]:
+    """Along each axis of the lattice, the voxels before which some window begins or ends."""
+    return [{int(o[axis]) + end for o in at for end in (0, around.window[axis])} for axis in range(3)]
+
+
+def agreement(trained: api.Trained, volume: Volume) -> Iterator[dict[str, Any]]:
+    """How far D, joined over windows, lies from D of the network on the body's box at once, at every noise level of the
+
+    sampler: x_t is made from the case's own label, the same for both. difference: mean over the body of the largest
+    |difference| over the classes; away: the same over voxels at least an eighth of a window from every plane where some
+    window begins or ends; close: share of these where it is at most CLOSE (ours).
+    """
+    config, network = trained.config, trained.network
+    static: Any = {"model": network, "sampler": inference.sampler_of(config), "mesh": trained.mesh}
+    key, label = jax.random.key(config.seed), volume.label
+    if label is None:
+        raise UserError(f"{volume.name}: has no label, from which noisy masks could be made")
+    parts = windows.frame(volume, **networks.extent(config))
+    one = tuple(max(w, -(-n // u) * u) for w, n, u in zip(parts.window, parts.size, parts.unit, strict=True))
+    whole = windows.frame(volume, one, parts.unit)
+    inside = tuple(slice(0, n) for n in parts.size)
+    near = np.zeros(parts.size, bool)
+    at = lattices.origins(parts.scan["body"], parts.window, parts.unit)
+    for axis, planes in enumerate(borders(parts, at)):
+        for plane in planes:
+            reach = parts.window[axis] // 8
+            near[(slice(None),) * axis + (slice(max(plane - reach, 0), max(plane + reach, 0)),)] = True
+
+    clean = np.zeros([max(sizes) for sizes in zip(parts.scan["body"].shape, one, strict=True)], np.int32)
+    box = tuple(slice(low, low + n) for low, n in zip(parts.low, parts.size, strict=True))
+    clean[inside] = (label if label.ndim == 3 else label[0])[box]
+    x0 = schedule.scale_onehot(jnp.asarray(clean)[None], network.classes, config.diffusion.b)
+    noise = jax.random.normal(key, x0.shape)
+
+    def estimator(around: windows.Frame):
+        """x_t, log SNR -> D in the box."""
+        origins, conditions, maps = windows.first_look(trained.params, around, key, **static)
+        stacked = jax.tree.map(lambda *rows: jnp.asarray(np.stack(rows)), *conditions)
+        size = tuple(slice(0, n) for n in around.scan["body"].shape)
+
+        @jax.jit
+        def p(params, x_t, log_snr, stacked, first):
+            denoise = windows.denoiser(network, params)
+            joined = lattices.joined(denoise, first, jnp.asarray(origins), jnp.asarray(len(origins)), around.window)
+            return jnp.exp(joined(x_t, log_snr, stacked)[0][inside])
+
+        first = jnp.asarray(maps["one_step"])[None]
+        b = config.diffusion.b
+        return lambda x_t, log_snr: (
+            b * (2 * np.asarray(p(trained.params, x_t[:, *size], log_snr, stacked, first)) - 1)
+        )
+
+    through_windows, at_once = estimator(parts), estimator(whole)
+    body = volume.body[box]
+    for level in schedule.grid(config.diffusion.steps, config.diffusion.lambda_min, config.diffusion.lambda_max)[:-1]:
+        log_snr = jnp.full((1,), level, jnp.float32)
+        x_t = schedule.diffuse(x0, log_snr, noise)
+        difference = np.abs(through_windows(x_t, log_snr) - at_once(x_t, log_snr)).max(-1)
+        away = difference[body & ~near]
+        yield {
+            "log_snr": float(level),
+            "difference": float(difference[body].mean()),
+            "away": float(away.mean()) if away.size else None,
+            "close": float(np.mean(away <= CLOSE)) if away.size else None,
+        }

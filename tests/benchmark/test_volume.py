@@ -1,14 +1,16 @@
 """The volume suite: its head is as large as a brain, and a planted seam cannot hide from it."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import made_up
 from configs import phantom
-from entrust_jax import api, model
+from entrust_jax import api, model, networks
 from entrust_jax.benchmark import volume
 from entrust_jax.runtime.mesh import data_mesh
 
@@ -21,20 +23,35 @@ def test_a_head_has_the_size_of_a_brain():
     assert small.image.shape == (2, 8, 20, 20) and not small.image[:, ~small.body].any()
 
 
-@pytest.fixture
-def seams_of(monkeypatch):
-    """seams_of(hypotheses): what the suite says of them; windows of 8 x 16 x 16 voxels in a scan of 8 x 32 x 32."""
+def trained_with(patch, params=None, **sizes):
+    """A working folder in memory, of the phantom's config with this patch."""
     config = phantom.get_config().copy_and_resolve_references().unlock()
-    config.data.patch = (8, 16, 16)
-    head = dataclasses.replace(volume.head((8, 32, 32), 2), body=np.ones((8, 32, 32), bool))
-    trained = api.Trained(
-        workdir=Path("w"), name="w", config=config, splits={}, spacing=(), network=model.build(config), params=None,
+    config.data.patch = patch
+    config.model.update(sizes)
+    if params is None:
+        init = functools.partial(networks.init_params, config)
+        params = made_up.parameters(init, jax.random.key(0)) if sizes else None
+    return api.Trained(
+        workdir=Path("w"), name="w", config=config, splits={}, spacing=(), network=model.build(config), params=params,
         mesh=data_mesh(jax.devices()[:1]), tau=0.5, rung="identity", calibration={}, meta={},
     )  # fmt: skip
 
+
+def head_of(shape):
+    """A body that fills its scan, with a label."""
+    label = np.zeros(shape, np.int32)
+    label[:, 4:12, 6:20] = 1
+    return dataclasses.replace(volume.head(shape, 2), body=np.ones(shape, bool), label=label)
+
+
+@pytest.fixture
+def seams_of(monkeypatch):
+    """seams_of(hypotheses): what the suite says of them; windows of 8 x 16 x 16 voxels in a scan of 8 x 32 x 32."""
+    trained = trained_with((8, 16, 16))
+
     def run(hypotheses):
         monkeypatch.setattr(volume.api, "examine", lambda *_, **__: {"hypotheses": hypotheses})
-        return volume.seams(trained, head)
+        return volume.seams(trained, head_of((8, 32, 32)))
 
     return run
 
@@ -50,3 +67,16 @@ def test_a_planted_seam_is_found_and_noise_has_none(seams_of):
     planted = noise.copy()
     planted[:, :, 16] = 1 - planted[:, :, 15]
     assert seams_of(planted)["ratio"] > 1.1
+
+
+def test_windows_agree_with_the_whole_where_they_see_as_much():
+    """One window that holds the body says the same to rounding; small ones do not, least of all beside their ends."""
+    sizes = {"widths": (4, 8), "d_c": 4, "d_u": 4, "strides": ((1, 2, 2), (2, 2, 2))}
+    head = head_of((4, 16, 32))
+    trained = trained_with((4, 16, 32), **sizes)
+    same = list(volume.agreement(trained, head))
+    assert len(same) == trained.config.diffusion.steps and same[0]["log_snr"] == trained.config.diffusion.lambda_min
+    assert max(row["difference"] for row in same) < 1e-5
+    apart = list(volume.agreement(trained_with((4, 16, 16), trained.params, **sizes), head))
+    assert max(row["difference"] for row in apart) > 1e-4
+    assert all(row["away"] >= 0 and 0 <= row["close"] <= 1 for row in apart)
