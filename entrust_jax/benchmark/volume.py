@@ -90,10 +90,11 @@ def measure(config: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
 
 def trace_of_windows(trained: api.Trained, volume: Volume) -> dict[str, Any]:
     """What windows leave to be seen in one scan: `seams` and `agreement`, on the working grid."""
-    if isinstance(trained.network, unet.UNet):
+    network = trained.network
+    if isinstance(network, unet.UNet):
         raise UserError(f"{trained.workdir}: holds a U-Net; seams are those of EnTrust's hypotheses")
     volume = resampling.at_spacing(volume, trained.spacing)
-    return {"case": volume.name, **seams(trained, volume), "agreement": list(agreement(trained, volume))}
+    return {"case": volume.name, **seams(trained, volume), "agreement": list(agreement(trained, network, volume))}
 
 
 def seams(trained: api.Trained, volume: Volume) -> dict[str, Any]:
@@ -127,14 +128,14 @@ def borders(around: windows.Frame, at: np.ndarray) -> list[set[int]]:
     return [{int(o[axis]) + end for o in at for end in (0, around.window[axis])} for axis in range(3)]
 
 
-def agreement(trained: api.Trained, volume: Volume) -> Iterator[dict[str, Any]]:
+def agreement(trained: api.Trained, network: model.EnTrust, volume: Volume) -> Iterator[dict[str, Any]]:
     """How far D, joined over windows, lies from D of the network on the body's box at once, at every noise level of the
 
     sampler: x_t is made from the case's own label, the same for both. difference: mean over the body of the largest
     |difference| over the classes; away: the same over voxels at least an eighth of a window from every plane where some
     window begins or ends; close: share of these where it is at most CLOSE (ours).
     """
-    config, network = trained.config, trained.network
+    config = trained.config
     static: Any = {"model": network, "sampler": inference.sampler_of(config), "mesh": trained.mesh}
     key, label = jax.random.key(config.seed), volume.label
     if label is None:
@@ -170,9 +171,7 @@ def agreement(trained: api.Trained, volume: Volume) -> Iterator[dict[str, Any]]:
 
         first = jnp.asarray(maps["one_step"])[None]
         b = config.diffusion.b
-        return lambda x_t, log_snr: (
-            b * (2 * np.asarray(p(trained.params, x_t[:, *size], log_snr, stacked, first)) - 1)
-        )
+        return lambda x_t, log_snr: b * (2 * np.asarray(p(trained.params, x_t[:, *size], log_snr, stacked, first)) - 1)
 
     through_windows, at_once = estimator(parts), estimator(whole)
     body = volume.body[box]

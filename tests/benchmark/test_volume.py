@@ -70,13 +70,14 @@ def test_a_planted_seam_is_found_and_noise_has_none(seams_of):
 
 
 def test_windows_agree_with_the_whole_where_they_see_as_much():
-    """One window that holds the body says the same to rounding; small ones do not, least of all beside their ends."""
+    """One window that holds the body says the same to rounding; small ones do not."""
     sizes = {"widths": (4, 8), "d_c": 4, "d_u": 4, "strides": ((1, 2, 2), (2, 2, 2))}
     head = head_of((4, 16, 32))
     trained = trained_with((4, 16, 32), **sizes)
-    same = list(volume.agreement(trained, head))
+    same = list(volume.agreement(trained, trained.network, head))
     assert len(same) == trained.config.diffusion.steps and same[0]["log_snr"] == trained.config.diffusion.lambda_min
     assert max(row["difference"] for row in same) < 1e-5
-    apart = list(volume.agreement(trained_with((4, 16, 16), trained.params, **sizes), head))
+    trained = trained_with((4, 16, 16), trained.params, **sizes)
+    apart = list(volume.agreement(trained, trained.network, head))
     assert max(row["difference"] for row in apart) > 1e-4
     assert all(row["away"] >= 0 and 0 <= row["close"] <= 1 for row in apart)
