@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 from entrust_jax.data.cases import (
     ENDINGS,
     PICTURES,
+    SOUGHT,
     Case,
     Listing,
     Mistake,
     Names,
     case_of,
     ending_of,
+    is_text,
     one_of,
     refuse_formats,
     scans_below,
@@ -267,8 +269,24 @@ def collect(folder: Path, templates: Mapping[str, str]) -> list[dict[str, str]]:
     return [rows[case] for case in sorted(rows)]
 
 
+def unfitting(folder: Path, rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The scans of a folder that are in none of the rows that were collected from it; pictures only where rows have
+
+    some. Those in folders without a scan that is in a row come first: their cases are missing as a whole.
+    """
+    taken = {row[name] for row in rows for name in row if name not in OWN}
+    pictures = PICTURES if any(ending_of(path, PICTURES) for path in taken) else ()
+    below = (path.relative_to(folder) for _, path in scans_below(folder, (*SOUGHT, *pictures)))
+    left = [path for path in below if path.as_posix() not in taken]
+    used = {Path(path).parent for path in taken}
+    return [path.as_posix() for path in sorted(left, key=lambda path: (path.parent in used, path))]
+
+
 def as_csv(rows: Sequence[Mapping[str, str]], names: Sequence[str], base: str) -> str:
-    """A manifest's text; `base` is put before every path, the way from the manifest to the folder."""
+    """A manifest's text; `base` is put before every path, the way from the manifest to the folder.
+
+    Raises UserError for a path that is no text: a table cannot hold it.
+    """
     patient = any(row["patient"] for row in rows)
     head = ["case", *(["patient"] if patient else []), *names]
     out = io.StringIO(newline="")
@@ -276,5 +294,9 @@ def as_csv(rows: Sequence[Mapping[str, str]], names: Sequence[str], base: str) -
     writer.writeheader()
     for row in rows:
         paths = {name: Path(os.path.normpath(os.path.join(base, row[name]))).as_posix() for name in {*names} & {*row}}
+        if odd := [path for path in paths.values() if not is_text(path)]:
+            raise UserError(
+                f"{odd[0]!r}: this path is no text (not UTF-8), so no table can name it; rename the folders"
+            )
         writer.writerow({"case": row["case"], "patient": row["patient"] or row["case"], **paths})
     return out.getvalue()

@@ -1,6 +1,7 @@
 """Manifests: what a table of cases says, what is wrong with it, and tables written from a folder."""
 
 import json
+import os
 
 import hypothesis
 import pytest
@@ -213,6 +214,13 @@ def test_patterns_that_say_too_little_or_too_much(tmp_path, templates, message):
         manifest.collect(tmp_path, templates)
 
 
+def test_scans_that_fit_no_pattern_are_told_those_of_whole_cases_first(tmp_path):
+    scans(tmp_path, "c0/T1.nii.gz", "c0/CT.nii.gz", "c1/t1.nii.gz", "c2/T1.nrrd", "c0/view.png", ".git/x.nii.gz")
+    rows = manifest.collect(tmp_path, {"T1": "{case}/T1.nii.gz"})
+    assert manifest.unfitting(tmp_path, rows) == ["c1/t1.nii.gz", "c2/T1.nrrd", "c0/CT.nii.gz"]
+    assert manifest.unfitting(tmp_path, manifest.collect(tmp_path, {"T1": "{case}/view.png"}))[-1] == "c0/T1.nii.gz"
+
+
 def test_formats_that_are_not_read_and_links_to_nothing_are_told_from_missing_files(tmp_path):
     scans(tmp_path, "a/T1.mha")
     with pytest.raises(UserError, match=r"a/T1\.mha: is \.mha, a format that is not read; convert it to NIfTI"):
@@ -229,6 +237,14 @@ def test_a_mask_beside_a_series_hides_nothing(tmp_path):
     scans(tmp_path, "a/IM1.dcm", "a/seg.nii.gz")
     with pytest.raises(UserError, match=r"file fits T1=.*; and .*a/IM1\.dcm: is a DICOM file; convert .* dcm2niix"):
         manifest.collect(tmp_path, {"T1": "{case}/T1.nii.gz", "label": "{case}/seg.nii.gz"})
+
+
+def test_a_path_that_is_no_text_is_named(tmp_path):
+    scans(tmp_path, os.fsdecode(b"b\xfc/T1.nii.gz"))
+    rows = manifest.collect(tmp_path, {"T1": "{case}/T1.nii.gz"})
+    with pytest.raises(UserError, match=r"'b\\udcfc/T1\.nii\.gz': this path is no text") as error:
+        manifest.as_csv(rows, ["T1"], ".")
+    assert str(error.value).encode()
 
 
 def test_pictures_of_several_raters_are_collected(tmp_path):
