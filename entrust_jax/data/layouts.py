@@ -1,5 +1,7 @@
 """Where a data set keeps its files: cases with their modalities by name."""
 
+import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -155,7 +157,9 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path, Names], Listing]]] = {
 def list_cases(
     layout: str, place: Path | str, modalities: Sequence[str], names: Mapping[str, Any] = NO_NAMES
 ) -> Listing:
-    """The cases of a data set, sorted by name, and every mistake in it; those without any modality are left out.
+    """The cases of a data set, sorted by name, and every mistake in it; those without any modality are left out, and
+
+    files that two cases claim.
     place: its folder, or a manifest's file. names: config.data.names. Raises UserError when the folder is not there, or
     nothing in it can be read as this layout.
     """
@@ -178,7 +182,8 @@ def list_cases(
     odd = {case.name for case in cases if not (is_text(case.name) and is_text(case.patient))}
     said = "its name, or its patient's, is no text; rename it"
     mistakes = found.mistakes + [Mistake(f"{place}: case {name!r}: {said}") for name in sorted(odd)]
-    cases = [case for case in cases if case.name not in odd]
+    cases, shared = without_shared([case for case in cases if case.name not in odd])
+    mistakes += shared
     if not cases and not mistakes:
         below = _below(place, find, known)
         shown = f"{', '.join(below[:3])}{', ...' if len(below) > 3 else ''}"
@@ -188,6 +193,43 @@ def list_cases(
         refuse_formats(place, said)
         raise UserError(said)
     return Listing(cases, mistakes, found.notes)
+
+
+def without_shared(cases: Sequence[Case]) -> tuple[list[Case], list[Mistake]]:
+    """The cases without the files that several claim, and a mistake for each group of cases that share some: they might
+
+    come to lie on both sides of a split. A link is the file that it leads to.
+    """
+    owners: dict[str, dict[str, Path]] = {}  # real path -> case -> as its own listing has it
+    for case in cases:
+        for path in files_of(case):
+            owners.setdefault(os.path.realpath(path), {})[case.name] = path
+    groups: dict[tuple[str, ...], list[dict[str, Path]]] = {}
+    for own in owners.values():
+        if len(own) > 1:
+            groups.setdefault(tuple(own), []).append(own)
+    mistakes, lost = [], set()
+    for (one, other, *rest), files in groups.items():
+        first, second = files[0][one], files[0][other]
+        there = f", as {second}, of case {other}" if second != first else f" of case {other}"
+        more = f" and {len(rest)} more" if rest else ""
+        also = f" ({len(files) - 1} more too)" if len(files) > 1 else ""
+        said = f"is a file of case {one} and{there}{more}{also}; give each its own files, or remove one"
+        paths = tuple(path for own in files for path in own.values())
+        mistakes.append(Mistake(f"{first}: {said}", paths))
+        lost.update((name, path) for own in files for name, path in own.items())
+    left = []
+    for case in cases:
+        images = {what: path for what, path in case.images.items() if (case.name, path) not in lost}
+        drawn = [path for path in (case.label, *case.raters) if path and (case.name, path) not in lost]
+        label = drawn[0] if drawn else None
+        left.append(dataclasses.replace(case, images=images, label=label, raters=tuple(drawn[1:])))
+    return [case for case in left if case.images], mistakes
+
+
+def files_of(case: Case) -> list[Path]:
+    """Every file of a case, scans and masks."""
+    return [*case.images.values(), *([case.label] if case.label else []), *case.raters]
 
 
 def _below(place: Path, find: Callable[[Path, Names], Listing], known: Names) -> list[str]:

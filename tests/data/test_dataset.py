@@ -58,6 +58,12 @@ def test_training_is_told_of_columns_that_nothing_reads(tmp_path):
         assert lines == [f"{tmp_path}/manifest.csv: column age is no modality of the config; not read"]
 
 
+def test_training_refuses_one_file_in_two_cases(tmp_path):
+    data = table(tmp_path, range(12), more="z,s,0_t1.nii.gz,50,0_seg.nii.gz\n")
+    with pytest.raises(UserError, match=r"0_t1\.nii\.gz: is a file of case c00 and of case z \(1 more too\)"):
+        dataset.check(data)
+
+
 def test_a_kept_split_that_tears_a_patient_apart_is_told_before_anything_is_compiled(tmp_path):
     path = tmp_path / "w" / "splits.json"
     dataset.split(table(tmp_path, range(12)), path)

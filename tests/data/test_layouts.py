@@ -375,6 +375,17 @@ def test_a_folder_of_another_format_alone_is_told_to_convert(tmp_path):
         layouts.find_cases("brats", tmp_path, ("T1",))
 
 
+def test_a_link_to_another_cases_file_is_that_file(tmp_path):
+    for name in "ab":
+        touch(tmp_path / name, f"{name}_t1.nii.gz", f"{name}_seg.nii.gz")
+    (tmp_path / "b" / "b_seg.nii.gz").unlink()
+    (tmp_path / "b" / "b_seg.nii.gz").symlink_to(tmp_path / "a" / "a_seg.nii.gz")
+    listing = layouts.list_cases("brats", tmp_path, ("T1",))
+    assert [case.label for case in listing.cases] == [None, None]
+    (mistake,) = listing.mistakes
+    assert f"a_seg.nii.gz: is a file of case a and, as {tmp_path}/b/b_seg.nii.gz, of case b" in mistake.text
+
+
 def test_channels_are_found_under_their_other_names(tmp_path):
     nnunet(tmp_path, {"0": "T1w", "1": "T2-FLAIR", "2": "T1c"}, "p_0000.nii.gz", "p_0002.nii.gz")
     (case,) = layouts.find_cases("nnunet", tmp_path, ("T1", "T1ce"))

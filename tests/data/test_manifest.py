@@ -136,6 +136,26 @@ def test_a_column_that_is_not_read_is_named_and_stops_nothing(tmp_path):
     assert "column gt is not read; call it label" in found.mistakes[0].text and "column x is no" in found.notes[0]
 
 
+def test_a_file_of_two_cases_is_a_mistake_of_both(tmp_path):
+    scans(tmp_path, *(f"{case}/{name}.nii.gz" for case in "abc" for name in ("t1", "flair", "seg")))
+    (tmp_path / "b" / "seg.nii.gz").unlink()
+    (tmp_path / "b" / "seg.nii.gz").symlink_to(tmp_path / "c" / "seg.nii.gz")
+    rows = [
+        f"{name},{own}/t1.nii.gz,{own}/flair.nii.gz,{own}/seg.nii.gz" for name, own in zip("abcz", "abca", strict=True)
+    ]
+    (tmp_path / "manifest.csv").write_text("\n".join(["case,T1,FLAIR,label", *rows]) + "\n")
+    found = layouts.list_cases("manifest", tmp_path, ("T1", "FLAIR"))
+    assert [mistake.text for mistake in found.mistakes] == [
+        f"{tmp_path}/a/t1.nii.gz: is a file of case a and of case z (2 more too); give each its own files, or"
+        " remove one",
+        f"{tmp_path}/b/seg.nii.gz: is a file of case b and, as {tmp_path}/c/seg.nii.gz, of case c; give each its own"
+        " files, or remove one",
+    ]
+    assert [(case.name, len(case.images), case.label) for case in found.cases] == [("b", 2, None), ("c", 2, None)]
+    with pytest.raises(UserError, match=r"a/t1\.nii\.gz: is a file of case a and of case z"):
+        layouts.find_cases("manifest", tmp_path, ("T1", "FLAIR"))
+
+
 def test_blanks_after_commas(tmp_path):
     scans(tmp_path, "a, b/1.nii.gz", "2.nii.gz")
     (tmp_path / "manifest.csv").write_text('case, T1, "label"\n"a", "a, b/1.nii.gz", "2.nii.gz"\n')
