@@ -83,7 +83,7 @@ def inspect(config: Any, output: Path) -> tuple[dict[str, Any], list[str]]:
     found = survey.summary(findings, modalities, classes)
     warnings = [*notes, *(line for finding in findings for line in finding.warnings)]
     errors = [mistake.text for mistake in mistakes] + [finding.error for finding in findings if finding.error]
-    warnings += survey.exchanged(findings, modalities) + survey.repeated(findings)
+    warnings += survey.exchanged(findings, modalities) + survey.repeated(findings) + survey.absent(findings, classes)
     if data.layout == "phantom":
         found["working_spacing"] = dataset.plan_spacing(data, [finding.name for finding in findings])["spacing"]
         one = [finding.name for finding in findings[:1]]
@@ -141,6 +141,9 @@ def print_found(found: dict[str, Any]) -> None:
             print(f"  {what}: " + " / ".join(spans) + f" (least / median / most, {unit})")
     if found.get("working_spacing"):
         print(f"  working spacing: {resampling.in_words(found['working_spacing'])}")
+    elif "working_spacing" in found and found["spacing"]:
+        least, most = (" x ".join(f"{v:g}" for v in found["spacing"][word]) for word in ("least", "most"))
+        print(f"  working spacing: as scanned, {least}{f' to {most}' if most != least else ''} (mm along D H W)")
     for name, own in found["labels"].items():
         print(f"  {name}: {own['voxels']:,} voxels in {own['cases']} cases")
     for kind in ("warning", "error"):
@@ -149,7 +152,9 @@ def print_found(found: dict[str, Any]) -> None:
 
 
 def plan(config: Any, found: dict[str, Any]) -> dict[str, Any]:
-    """Compiles every stage, times its step on two batches of a case, and says what training costs.
+    """Compiles every stage, times its step on two batches of a case, and says what training costs: that of a batch of
+
+    so many patches, and by stage.
 
     An epoch is `survey.epoch` of the labelled cases in the training part. Batches are
     made beside the steps, so the slower of the two sets the pace.
@@ -172,7 +177,7 @@ def plan(config: Any, found: dict[str, Any]) -> dict[str, Any]:
     unit = "patches" if networks.volumetric(config) else "slices"
     slices, size = found["epoch"], mesh.round_to_devices(config.train.batch, devices)
     source = f"measured on two batches of {found['shown']}" if batches else "measured on empty batches"
-    costs = {}
+    costs: dict[str, Any] = {"patch": list(config.data.patch), "batch": size}
     for stage in stages:
         own = programs[stage.name]
         minutes, passes = slices / size * own.step_seconds / 60, stage.steps * size / max(slices, 1)

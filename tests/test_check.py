@@ -8,6 +8,10 @@ import sys
 
 import nibabel
 import numpy as np
+from ml_collections import ConfigDict
+
+from configs import common
+from entrust_jax import check
 
 
 def run(repository, *words):
@@ -27,6 +31,8 @@ def test_a_sound_set_is_counted_pictured_and_planned(repository, tmp_path):
     assert ", measured on two batches of phantom_" in done.stdout.lower()
     found = json.loads((tmp_path / "seen" / "check.json").read_text())
     assert found["errors"] == [] and found["plan"]["unet"]["seconds_per_step"] > 0
+    assert found["plan"]["patch"] == [32, 32] and found["plan"]["batch"] == 8
+    assert "  working spacing: as scanned, 1 x 1 x 1 (mm along D H W)\n" in done.stdout
     assert found["labels"]["lesion"]["voxels"] > 0
     assert (tmp_path / "seen" / "check.png").stat().st_size > 50_000
     assert (tmp_path / "seen" / "augmented.png").stat().st_size > 20_000 and "augmented.png: look" in done.stdout
@@ -51,3 +57,56 @@ def test_a_damaged_set_leaves_with_2_and_names_the_file(repository, tmp_path):
     assert f"error: {broken}: " in done.stdout and "leaves no patient" in done.stdout  # two patients are no data set
     assert "the same scan voxel for voxel" in done.stdout and "empty label" in done.stdout
     assert (tmp_path / "seen" / "check.png").exists() and "Traceback" not in done.stderr
+
+
+def test_what_the_spacing_is_when_none_is_set(capsys):
+    found = {
+        "cases": 2, "patients": 2, "unreadable": 0, "modalities": {"T1": 2}, "size": {}, "labels": {}, "warnings": [],
+        "errors": [], "working_spacing": (),
+        "spacing": {"least": [3.0, 1.0, 1.0], "median": [4.0, 1.0, 1.0], "most": [5.0, 1.5, 1.5]},
+    }  # fmt: skip
+    check.print_found(found)
+    assert "  working spacing: as scanned, 3 x 1 x 1 to 5 x 1.5 x 1.5 (mm along D H W)\n" in capsys.readouterr().out
+    check.print_found(found | {"working_spacing": (0.0, 1.0, 1.0)})
+    assert "  working spacing: as scanned x 1 x 1 (mm along D H W)\n" in capsys.readouterr().out
+
+
+def small_set(folder, label):
+    """Twelve cases of noise in two modalities, all with this label, listed in a table with a column too many."""
+    rng = np.random.default_rng(0)
+    rows = ["case,T1,FLAIR,age,label"]
+    for i in range(12):
+        for kind in ("t1", "flair", "seg"):
+            values = label if kind == "seg" else rng.normal(size=label.shape).astype(np.float32)
+            nibabel.Nifti1Image(values, np.eye(4)).to_filename(folder / f"{i}_{kind}.nii.gz")
+        rows.append(f"c{i},{i}_t1.nii.gz,{i}_flair.nii.gz,50,{i}_seg.nii.gz")
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
+    config = common.get_config()
+    config.name = "small"
+    config.data.update(
+        layout="manifest", dir=str(folder), modalities=("T1", "FLAIR"), reference="T1", patch=(16, 16),
+        classes=("background", "lesion", "core"), label_map=((0, 0), (1, 1), (4, 2)), augment=False,
+    )  # fmt: skip
+    config.data.regions = ConfigDict({"lesion": (1, 2)})
+    return config.lock()
+
+
+def test_columns_classes_and_folders_that_nothing_reads_are_warnings(tmp_path):
+    label = np.zeros((16, 16, 2), np.uint8)
+    label[4:8, 4:8] = 1
+    config = small_set(tmp_path, label)
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "c99_t1.nii.gz").touch()
+    found, errors = check.inspect(config, tmp_path / "seen")
+    warnings = "\n".join(found["warnings"])
+    assert errors == [] and "manifest.csv: column age is no modality of the config; not read" in warnings
+    assert "class core: not a voxel in any mask (label values seen: 0, 1)" in warnings
+    assert f"{tmp_path}/late: nothing in it is read, though it holds 1 scan, such as c99_t1.nii.gz" in warnings
+    assert "1_seg.nii.gz holds the same mask as" in warnings
+
+
+def test_empty_masks_alone_are_an_error(tmp_path):
+    found, errors = check.inspect(small_set(tmp_path, np.zeros((16, 16, 2), np.uint8)), tmp_path / "seen")
+    (line,) = errors
+    assert "no mask in config.data.dir holds anything but background (label values seen: 0)" in line
+    assert not any("holds the same mask" in line for line in found["warnings"])

@@ -28,6 +28,7 @@ from entrust_jax.errors import UserError
 
 DESCRIPTION = "dataset.json"
 SPLITS = "splits_final.json"
+TEST = ("imagesTs", "labelsTs")  # folders of the test set, which is no part of the cases
 IGNORE = "ignore"  # nnU-Net's own name of the label whose voxels do not count
 
 

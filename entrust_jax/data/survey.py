@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from entrust_jax.data import augment, dataset, phantom, pipeline, preprocess, resampling
-from entrust_jax.data.cases import ENDINGS, PICTURES, Case, Mistake, ending_of, scans_below
+from entrust_jax.data import augment, dataset, layouts, nnunet, phantom, pipeline, preprocess, resampling
+from entrust_jax.data.cases import (
+    ENDINGS,
+    PICTURES,
+    SOUGHT,
+    Case,
+    Mistake,
+    ending_of,
+    files_below,
+    first_dicom,
+    why_no_scan,
+)
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 
@@ -22,6 +33,16 @@ USUAL_CASES = 100  # at most, whose appearance is the usual one
 SUSPICIOUS = 1.03  # usual distance over that of the best exchange: 1 of 61 glioma patients lies above it as they are
 SAMPLES = 12  # patches of a case, of which the one with most foreground shows the augmentation
 FAR = 4.0  # deviations from the usual that count; more is no more
+SHOWN = 5  # files, and folders, that are not read and have a line of their own
+MOST_VALUES = 12  # of masks, in a line
+
+
+class Print(NamedTuple):
+    """A file's values, to be found again in other cases: `digest` is equal for equal voxels, however stored."""
+
+    file: Path
+    digest: str
+    mask: bool
 
 
 class Finding(NamedTuple):
@@ -35,9 +56,11 @@ class Finding(NamedTuple):
     slices: int  # with a body
     counts: tuple[int, ...] | None  # labelled voxels of each class; None without a label
     appearance: Float[np.ndarray, "m f"]
-    fingerprint: str  # equal for equal scans
+    prints: tuple[Print, ...]  # of scans with more than one value and of masks that are not empty
     warnings: tuple[str, ...]
     error: str = ""
+    drawn: tuple[int, ...] = ()  # class indices that any rater's mask holds
+    values: tuple[float, ...] = ()  # of the mask files, as stored
 
 
 class Glimpse(NamedTuple):
@@ -83,7 +106,7 @@ def look(data: Any, case: Case | str, seed: int) -> tuple[Finding, Glimpse | Non
         except UserError as error:
             nothing = np.full((len(modalities), 2 * int(np.prod(CELLS))), np.nan)
             return Finding(
-                case.name, case.patient, tuple(case.images), (0, 0, 0), (0, 0, 0), 0, None, nothing, "", (), str(error)
+                case.name, case.patient, tuple(case.images), (0, 0, 0), (0, 0, 0), 0, None, nothing, (), (), str(error)
             ), None
     counts = None
     said = list(volume.warnings)
@@ -94,6 +117,7 @@ def look(data: Any, case: Case | str, seed: int) -> tuple[Finding, Glimpse | Non
     present = tuple(name for name, here in zip(modalities, volume.present, strict=True) if here)
     if lacking := [name for name in modalities if name not in present]:
         said.append(f"case {volume.name}: lacks {', '.join(lacking)}")
+    prints, values = ((), ()) if isinstance(case, str) else prints_of(case, volume)
     finding = Finding(
         name=volume.name,
         patient=volume.patient,
@@ -103,10 +127,38 @@ def look(data: Any, case: Case | str, seed: int) -> tuple[Finding, Glimpse | Non
         slices=int(volume.body.any(axis=(1, 2)).sum()),
         counts=counts,
         appearance=np.stack([appearance(volume, m) for m in range(len(modalities))]),
-        fingerprint=hashlib.sha256(volume.image.tobytes()).hexdigest(),
+        prints=prints,
         warnings=tuple(said),
+        drawn=() if volume.label is None else tuple(np.unique(preprocess.labels_of(volume)).tolist()),
+        values=values,
     )
     return finding, glimpse(volume)
+
+
+def prints_of(case: Case, volume: Volume) -> tuple[tuple[Print, ...], tuple[float, ...]]:
+    """The prints of a case's files, and the values in its masks.
+
+    Of the files and not of `volume`, where a missing modality changes the body and with it every z-score.
+    """
+    prints, values = [], set()
+    for path in case.images.values():
+        _, scan = preprocess.load_scan(path)
+        if scan.min() < scan.max():
+            prints.append(Print(path, digest(scan), False))
+    drawn = [path for path in (case.label, *case.raters) if path is not None]
+    for path, label in zip(drawn, preprocess.labels_of(volume) if drawn else (), strict=True):
+        _, mask = preprocess.load_scan(path)
+        values.update(np.unique(mask).tolist())
+        if (label > 0).any():
+            prints.append(Print(path, digest(mask), True))
+    return tuple(prints), tuple(float(value) for value in sorted(values))
+
+
+def digest(values: np.ndarray) -> str:
+    """A hash of an array's shape and values, whatever their type."""
+    found = hashlib.sha256(str(values.shape).encode())
+    found.update(np.ascontiguousarray(values, np.float32).tobytes())
+    return found.hexdigest()
 
 
 def glimpse(volume: Volume) -> Glimpse:
@@ -220,31 +272,69 @@ def _exchanges(here: list[int]) -> list[tuple[int, ...]]:
 
 
 def repeated(findings: Sequence[Finding]) -> list[str]:
-    """A line for every case that holds the scans of another one: on both sides of a split it would leak."""
-    first: dict[str, str] = {}
+    """A line for every two cases that hold the same scan or mask: on both sides of a split it would leak."""
+    first: dict[str, tuple[str, Path]] = {}
     lines = []
     for finding in findings:
-        if finding.fingerprint and first.setdefault(finding.fingerprint, finding.name) != finding.name:
-            lines.append(f"case {finding.name}: holds the same scans as case {first[finding.fingerprint]}; remove one")
+        same: dict[str, list[tuple[Print, Path]]] = {}
+        for own in finding.prints:
+            name, file = first.setdefault(own.digest, (finding.name, own.file))
+            if name != finding.name:
+                same.setdefault(name, []).append((own, file))
+        for name, pairs in same.items():
+            own, file = pairs[0]
+            what, mend = ("mask", "see whose it is") if own.mask else ("scan", "remove one of the cases")
+            more = f" ({len(pairs) - 1} more too)" if len(pairs) > 1 else ""
+            lines.append(
+                f"case {finding.name}: {own.file} holds the same {what} as {file} of case {name}{more}; {mend}"
+            )
     return lines
 
 
 def unused(data: Any, cases: Sequence[Case], mistakes: Sequence[Mistake] = ()) -> list[str]:
-    """A line for scans beside the cases' own that are taken for nothing: a modality's name may be misspelt.
+    """A line for every scan that is taken for nothing: a modality's name may be misspelt; and one for every folder in
+
+    which nothing is taken though it holds scans, readable or not: a whole case may be missing.
 
     Files that a mistake is about have their line already.
     """
-    taken = {path.resolve() for case in cases for path in (*case.images.values(), case.label, *case.raters) if path}
-    taken |= {path.resolve() for mistake in mistakes for path in mistake.files}
-    folders = {path.parent for path in taken}
+    taken = {os.path.realpath(path) for case in cases for path in layouts.files_of(case)}
+    taken |= {os.path.realpath(path) for mistake in mistakes for path in mistake.files}
     place = Path(data.dir)
-    pictures = PICTURES if any(ending_of(path.name, PICTURES) for path in taken) else ()
-    below = scans_below(place if place.is_dir() else place.parent, (*ENDINGS, *pictures))
-    beside = [path for _, path in below if path.resolve().parent in folders]
-    left = [path for path in beside if path.resolve() not in taken]
-    return [f"{path}: is no modality of the config, and no label; not read" for path in left[:5]] + (
-        [f"... and {len(left) - 5} more such files"] if len(left) > 5 else []
-    )
+    place = place if place.is_dir() else place.parent
+    pictures = PICTURES if any(path.lower().endswith(PICTURES) for path in taken) else ()
+    left: list[Path] = []
+    used = {place}
+    for folder, files in itertools.groupby(files_below(place), key=lambda path: path.parent):
+        every = list(files)
+        scans = [path for path in every if ending_of(path.name, (*SOUGHT, *pictures))]
+        scans = scans or [path for path in [first_dicom(every[:1])] if path is not None]  # a series is like its first
+        more = [path for path in scans if os.path.realpath(path) not in taken]
+        if len(more) < len(scans):
+            used |= {folder, *folder.parents}
+        left += more
+    beside = [path for path in left if path.parent in used and ending_of(path.name, (*ENDINGS, *pictures))]
+    missing: dict[Path, list[Path]] = {}
+    for path in left:
+        if path.parent not in used:
+            top = next(folder for folder in reversed(path.parents) if folder not in used and place in folder.parents)
+            missing.setdefault(top, []).append(path)
+    missing = {top: own for top, own in missing.items() if data.layout != "nnunet" or top.name not in nnunet.TEST}
+    said = [f"{path}: is not read: no modality of the config, and no label of a case" for path in beside]
+    expected, _ = layouts.LAYOUTS[data.layout]
+    mend = "give it a row" if data.layout == "manifest" else f"name it as the layout {data.layout} does ({expected})"
+    gone = []
+    for top, own in sorted(missing.items(), key=lambda item: (len(item[0].parts), item[0])):
+        why = why_no_scan(own[0])
+        shown = f"{own[0].relative_to(top)}; if it is a case, {mend}" if why is None else f"{own[0].name}, which {why}"
+        many = "scans" if len(own) > 1 else "scan"
+        gone.append(f"{top}: nothing in it is read, though it holds {len(own)} {many}, such as {shown}")
+    return _first_of(gone, "folders") + _first_of(said, "files")
+
+
+def _first_of(lines: Sequence[str], what: str) -> list[str]:
+    """The first few lines, and how many more such there are."""
+    return [*lines[:SHOWN], *([f"... and {len(lines) - SHOWN} more such {what}"] if len(lines) > SHOWN else [])]
 
 
 def impossible(findings: Sequence[Finding], modalities: Sequence[str], parts: Mapping[str, Sequence[str]]) -> list[str]:
@@ -257,7 +347,38 @@ def impossible(findings: Sequence[Finding], modalities: Sequence[str], parts: Ma
     for part, names in parts.items():
         if not any(name in read and read[name].counts is not None for name in names):
             lines.append(f"the part {part} of the split has no readable case with a label; add labels or cases")
+    trained = [finding for finding in labelled if finding.name in parts.get("train", ())]
+    if labelled and not any(_has_foreground(finding) for finding in labelled):
+        lines.append(
+            f"no mask in config.data.dir holds anything but background ({values_in_words(labelled)}), so nothing can be"
+            " learnt; give the masks, or say in config.data.label_map what their values mean"
+        )
+    elif trained and not any(_has_foreground(finding) for finding in trained):
+        lines.append(
+            "no mask in the part train of the split holds anything but background, so nothing can be learnt; add cases"
+            " with a lesion, or change config.data.split.seed"
+        )
     return lines
+
+
+def _has_foreground(finding: Finding) -> bool:
+    return any(index > 0 for index in finding.drawn)
+
+
+def values_in_words(findings: Sequence[Finding]) -> str:
+    """Which values the masks of these cases hold."""
+    values = sorted({value for finding in findings for value in finding.values})
+    more = ", ..." if len(values) > MOST_VALUES else ""
+    return f"label values seen: {', '.join(f'{value:g}' for value in values[:MOST_VALUES])}{more}"
+
+
+def absent(findings: Sequence[Finding], classes: Sequence[str]) -> list[str]:
+    """A line for every class, but the background, of which no mask holds a voxel; none where no mask holds anything."""
+    labelled = [finding for finding in findings if finding.counts is not None]
+    there = {index for finding in labelled for index in finding.drawn if index > 0}
+    lost = [name for index, name in enumerate(classes) if index and index not in there] if there else []
+    said = "not a voxel in any mask"
+    return [f"class {name}: {said} ({values_in_words(labelled)}); see config.data.label_map" for name in lost]
 
 
 def epoch(

@@ -1,6 +1,7 @@
 """What the check says of a data set: counts, damage, copies, and files in each other's place."""
 
 import dataclasses
+import shutil
 
 import nibabel
 import numpy as np
@@ -36,7 +37,7 @@ def finding(one: Volume) -> survey.Finding:
     d, h, w = one.body.shape
     looks = np.stack([survey.appearance(one, m) for m in range(len(one.image))])
     present = tuple(name for name, here in zip(MODALITIES, one.present, strict=False) if here)
-    return survey.Finding(one.name, one.patient, present, (d, h, w), one.spacing, 6, (10, 2), looks, one.name, ())
+    return survey.Finding(one.name, one.patient, present, (d, h, w), one.spacing, 6, (10, 2), looks, (), ())
 
 
 def swapped(one: Volume, a: int, b: int) -> Volume:
@@ -120,7 +121,8 @@ def test_every_case_is_a_finding_whatever_is_wrong_with_it(folder, tmp_path):
     assert survey.epoch(found, "ac", (2.0, 0.0, 0.0)) == 18 and survey.epoch(found, "a", (0.0, 2.0, 2.0)) == 6
     assert glimpses[0].number == 3  # where the label is
     assert glimpses[0].image.base is None  # nothing of the volume is kept
-    assert survey.repeated(found) == ["case b: holds the same scans as case a; remove one"]
+    same = f"{folder}/b/b_t1.nii.gz holds the same scan as {folder}/a/a_t1.nii.gz of case a (1 more too)"
+    assert survey.repeated(found)[0] == f"case b: {same}; remove one of the cases"
     shown = [one for one in glimpses if one is not None]
     curves.save(contact.sheet(shown, ("T1", "FLAIR"), ("background", "lesion"), "four"), tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
@@ -191,13 +193,113 @@ def test_why_no_training_can_come_of_a_set(folder):
     assert "no labelled case has every modality" in line
 
 
+def surveyed(options):
+    return [survey.look(options, case, 0)[0] for case in survey.cases_of(options)[0]]
+
+
+def test_masks_without_a_lesion_are_no_data_set(folder):
+    shutil.rmtree(folder / "d")
+    empty = np.zeros((24, 24, 6), np.uint8)
+    nibabel.Nifti1Image(empty, np.diag([1.0, 1.0, 3.0, 1.0])).to_filename(folder / "c" / "c_seg.nii.gz")
+    found = surveyed(data(folder))
+    parts = {"train": ["a"], "test": ["c"]}
+    assert survey.impossible(found, ("T1", "FLAIR"), parts) == []
+    (line,) = survey.impossible(found, ("T1", "FLAIR"), {"train": ["c"], "test": ["a"]})
+    assert line.startswith("no mask in the part train of the split holds anything but background")
+    options = data(folder, label_map=((0, 0), (1, 0), (7, 1)))
+    (line,) = survey.impossible(surveyed(options), ("T1", "FLAIR"), parts)
+    assert "no mask in config.data.dir holds anything but background (label values seen: 0, 1), so nothing can" in line
+
+
+def test_a_class_without_a_voxel_is_named_with_the_values_that_there_are(folder):
+    classes = ("background", "lesion", "core")
+    found = surveyed(data(folder, classes=classes, label_map=((0, 0), (1, 1), (4, 2))))
+    (line,) = survey.absent(found, classes)
+    assert line.startswith("class core: not a voxel in any mask (label values seen: 0, 1)")
+    assert survey.absent(found, classes[:2]) == [] and survey.absent(found[1:2], classes) == []
+
+
+def test_copies_are_noticed_though_a_modality_is_missing_or_the_mask_alone_was_copied(folder):
+    for name in "bcd":
+        shutil.rmtree(folder / name)
+    other, third = volume(2, 2), volume(3, 2)
+    t1, flair = (np.moveaxis(x, 0, 2) for x in other.image)
+    label = nibabel.load(folder / "a" / "a_seg.nii.gz").get_fdata()
+    write(folder, "b", t1, flair, label)  # the mask of another patient, stored otherwise
+    write(folder, "c", t1, None, np.zeros(t1.shape, np.uint8))  # all that is left of b
+    write(folder, "e", *(np.moveaxis(x, 0, 2) for x in third.image), np.zeros(t1.shape, np.uint8))  # empty like c's
+    mask, scan = survey.repeated(surveyed(data(folder)))
+    path = f"{folder}/{{0}}/{{0}}_{{1}}.nii.gz"
+    assert mask == (
+        f"case b: {path.format('b', 'seg')} holds the same mask as {path.format('a', 'seg')} of case a; see whose it is"
+    )
+    assert scan == (
+        f"case c: {path.format('c', 't1')} holds the same scan as {path.format('b', 't1')} of case b; remove one of the"
+        " cases"
+    )
+
+
+def test_cases_that_vanish_as_a_whole_get_a_line(folder):
+    def wipe(name):
+        shutil.rmtree(folder / name)
+        (folder / name).mkdir()
+
+    wipe("b")
+    for name in ("scan_one.nii.gz", "scan_two.nii.gz"):  # renamed
+        (folder / "b" / name).touch()
+    wipe("c")
+    (folder / "c" / "deep").mkdir()
+    (folder / "c" / "deep" / "c_t1.nii.gz").touch()  # one folder deeper
+    wipe("d")
+    (folder / "d" / "d_seg.nii.gz").touch()  # a mask alone
+    for name, file, content in (("e", "e_scan.nrrd", b""), ("f", "IM1", b"\0" * 128 + b"DICM"), (".git", "x.nii", b"")):
+        (folder / name).mkdir()
+        (folder / name / file).write_bytes(content)
+    (folder / "g").mkdir()
+    (folder / "g" / "notes.txt").touch()  # no scan
+    options = data(folder)
+    cases, mistakes, _ = survey.cases_of(options)
+    lines = survey.unused(options, [case for case in cases if isinstance(case, layouts.Case)], mistakes)
+    expected = "if it is a case, name it as the layout brats does"
+    assert [line.partition(" (one folder")[0] for line in lines[:3]] == [
+        f"{folder}/b: nothing in it is read, though it holds 2 scans, such as scan_one.nii.gz; {expected}",
+        f"{folder}/c: nothing in it is read, though it holds 1 scan, such as deep/c_t1.nii.gz; {expected}",
+        f"{folder}/d: nothing in it is read, though it holds 1 scan, such as d_seg.nii.gz; {expected}",
+    ]
+    assert (
+        f"{folder}/e: nothing in it is read" in lines[3] and "such as e_scan.nrrd, which is .nrrd, a form" in lines[3]
+    )
+    assert f"{folder}/f: nothing in it is read" in lines[4] and "such as IM1, which is a DICOM file; conv" in lines[4]
+    assert len(lines) == 5
+    (folder / "stray.nii.gz").touch()
+    for number in range(3):
+        (folder / f"h{number}").mkdir()
+        (folder / f"h{number}" / "x.nii.gz").touch()
+    scans = [case for case in survey.cases_of(options)[0] if isinstance(case, layouts.Case)]
+    assert survey.unused(options, scans)[5:] == [
+        "... and 3 more such folders",
+        f"{folder}/stray.nii.gz: is not read: no modality of the config, and no label of a case",
+    ]
+
+
+def test_the_test_set_of_nnunet_is_no_case_that_vanished(tmp_path):
+    (tmp_path / "dataset.json").write_text('{"channel_names": {"0": "T1", "1": "FLAIR"}}')
+    for name in ("imagesTr/a_0000", "labelsTr/a", "imagesTs/b_0000", "old/c_0000"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.nii.gz").touch()
+    options = data(tmp_path, layout="nnunet", modalities=("T1",))
+    cases = [case for case in survey.cases_of(options)[0] if isinstance(case, layouts.Case)]
+    (line,) = survey.unused(options, cases)
+    assert line.startswith(f"{tmp_path}/old: nothing in it is read")
+
+
 def test_missing_and_misspelt_files_get_a_line(folder):
     (folder / "a" / "a_flair.nii.gz").rename(folder / "a" / "a_fliar.nii.gz")
     options = data(folder)
     cases = [case for case in survey.cases_of(options)[0] if isinstance(case, layouts.Case)]
     assert "case a: lacks FLAIR" in survey.look(options, cases[0], 0)[0].warnings
     (line,) = survey.unused(options, cases)
-    assert "a_fliar.nii.gz: is no modality of the config, and no label" in line
+    assert "a_fliar.nii.gz: is not read: no modality of the config, and no label" in line
 
 
 def test_files_of_a_mistake_have_their_line_already(folder):
@@ -208,7 +310,7 @@ def test_files_of_a_mistake_have_their_line_already(folder):
     scans = [case for case in cases if isinstance(case, layouts.Case)]
     assert survey.unused(options, scans, mistakes) == []
     first, second = survey.unused(options, scans)
-    assert "a_t1.nii.gz: is no modality" in first and "a_t1w.nii.gz" in second
+    assert "a_t1.nii.gz: is not read" in first and "a_t1w.nii.gz" in second
     options.patient_pattern = "(x)"
     assert "finds no patient in the case name a" in survey.cases_of(options)[1][1].text
 
