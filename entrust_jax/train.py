@@ -194,6 +194,11 @@ def read_data(config: Any, workdir: Path) -> tuple[dict[str, list[str]], dict[st
         if spacing:
             print(f"working spacing: {resampling.in_words(spacing)}")
         read = {part: read_part(config, parts, part, spacing) for part in ("train", "val", "calibration")}
+        if not any((preprocess.labels_of(volume) > 0).any() for volume in read["train"][0]):
+            raise UserError(
+                f"{config.data.dir or config.name}: no mask in the part train holds anything but background, so nothing"
+                " can be learnt; python -m entrust_jax.check says which values the masks hold"
+            )
         return parts, {part: found[0] for part, found in read.items()}, {part: found[1] for part, found in read.items()}
     except UserError:
         if drawn:

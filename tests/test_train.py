@@ -321,6 +321,14 @@ def test_data_that_cannot_be_read_leaves_no_split_behind(scans, tmp_path):
     assert train.read_data(scans, tmp_path / "w")[0] == kept
 
 
+def test_empty_masks_alone_are_not_trained_on(scans, tmp_path):
+    for path in (tmp_path / "data" / "labelsTr").iterdir():
+        nibabel.save(nibabel.Nifti1Image(np.zeros((8, 8, 3), np.uint8), np.eye(4)), path)
+    with pytest.raises(UserError, match=r"data: no mask in the part train holds anything but background.*check says"):
+        train.read_data(scans, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
@@ -382,5 +390,3 @@ def test_a_split_that_cannot_be_drawn_is_said_before_compiling(scans):
         own.data.split[key] = value
         with pytest.raises(UserError, match=f"config.data.split.*{key}|{key}"):
             dataset.check(own.data)
-
-
