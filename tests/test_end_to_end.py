@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from entrust_jax import train
 from entrust_jax.runtime import checkpoint
+from entrust_jax.trustmap import explanation
 
 METHODS = ("entrust", "unet", "deep_ensemble")
 MODALITIES = ("T1", "T1ce", "T2", "FLAIR")
@@ -56,6 +57,7 @@ def test_a_trained_folder_explains_itself(trained, method):
     assert list((workdir / "tensorboard").glob("events*"))
     found = json.loads((workdir / "calibration.json").read_text())
     assert found["chosen"] in found["table"] and 0 < found["tau"] < 1
+    assert found["thresholds"] == explanation.THRESHOLDS
     found = json.loads((workdir / "conformal.json").read_text())
     assert found["patients"] == CASES["calibration"] and set(found["outer"]) == {"WT", "TC", "ET"}
     assert found["dice"]["margin"] >= 0 and all(one["patients"] <= 9 for one in found["outer"].values())

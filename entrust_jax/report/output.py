@@ -152,13 +152,11 @@ def write_prediction(
     hypotheses: bool,
     versions: Mapping[str, str],
     warnings: Sequence[str] = (),
-    threshold: float = 0.2,
 ) -> None:
     """Writes maps, report and picture of one case to the folder `output`, whole or not at all.
 
-    name, method: the config's. regions: name -> class indices. threshold: error probability from which a
-    region is up for review, as used for prediction["records"]. Maps that the method does not make are absent,
-    and report.json says why.
+    name, method: the config's. regions: name -> class indices. Maps that the method does not make are
+    absent, and report.json says why.
 
     Raises UserError when `output` holds anything but an earlier prediction or cannot be written.
     """
@@ -231,7 +229,6 @@ def write_prediction(
                 classes=classes,
                 title=f"{volume.name}   ({method}, {name})",
                 warnings=warnings,
-                threshold=threshold,
             )
             report = {
                 "made_by": MAKER,
@@ -266,14 +263,7 @@ def write_prediction(
                     for record in prediction.get("records", ())
                 ],
                 "places": PLACES,
-                "thresholds": {
-                    "review_error_probability": threshold,
-                    "review_minimum_voxels": explanation.MINIMUM_VOXELS,
-                    "cause_error_probability": explanation.ERROR_FLOOR,
-                    "cause_conflict": explanation.CONFLICT_THRESHOLD,
-                    "cause_support": explanation.SUPPORT_THRESHOLD,
-                    "cause_boundary_voxels": explanation.BOUNDARY_VOXELS,
-                },
+                "thresholds": explanation.THRESHOLDS,
                 "warnings": list(warnings),
                 "seconds": prediction.get("seconds"),
                 "files": files,

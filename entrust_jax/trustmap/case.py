@@ -7,9 +7,9 @@ from jaxtyping import Bool, Float, Integer, UInt8
 from scipy import ndimage
 
 from entrust_jax.metrics import calibration, usefulness
+from entrust_jax.trustmap.explanation import REVIEW_THRESHOLD
 
 CONTESTED = 0.2  # conflict from which a voxel counts as contested
-DOUBTFUL = 0.2  # error probability from which a voxel is up for review
 
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 
@@ -170,7 +170,7 @@ def trust(
     gap                 mean |p_1 - p_bar|_1 / 2 in the same place as the score; None without one
     """
     near = calibration.region_of_interest([probability[..., 0]])
-    parts, count = ndimage.label(error > DOUBTFUL)  # type: ignore[misc]
+    parts, count = ndimage.label(error > REVIEW_THRESHOLD)  # type: ignore[misc]
     largest = int(np.bincount(parts.ravel())[1:].max()) if count else 0
     return {
         "score": 1.0 - usefulness.mean_inside(error, near, body),
