@@ -304,12 +304,13 @@ def test_prediction_from_all_modalities(trained, command, tmp_path):
     maps = maps_of(output)
     assert set(maps) == {
         "label", "probability", "error_probability", "entropy", "divergence", "conflict", "cause", "hypotheses",
-        *(f"attribution_{name}" for name in MODALITIES), *promised(workdir),
+        *(f"{kind}_{name}" for kind in ("attribution", "counterfactual") for name in MODALITIES), *promised(workdir),
     }  # fmt: skip
     check_geometry(maps, scans["T1ce"])
     check_values(maps)
     assert maps["probability"].shape[3] == 4 and maps["hypotheses"].shape[3] == 4
     assert set(np.unique(maps["hypotheses"].dataobj)) <= {0, 1, 2, 4}
+    assert all(set(np.unique(maps[f"counterfactual_{name}"].dataobj)) <= {0, 1, 2, 4} for name in MODALITIES)
     assert set(np.unique(maps["cause"].dataobj)) <= {0, 1, 2, 3, 4, 5}
     report = json.loads((output / "report.json").read_text())
     assert report["modalities"]["present"] == list(MODALITIES) and report["modalities"]["missing"] == []
@@ -340,13 +341,15 @@ def test_prediction_without_the_reference_and_from_turned_scans(trained, command
     assert "present T1, FLAIR; missing T1ce, T2" in done.stdout
     assert "Without T1ce the maps take the geometry of T1." in done.stdout
     maps = maps_of(output)
-    assert {name for name in maps if name.startswith("attribution")} == {"attribution_T1", "attribution_FLAIR"}
+    for kind in ("attribution", "counterfactual"):
+        assert {name for name in maps if name.startswith(kind)} == {f"{kind}_T1", f"{kind}_FLAIR"}
     assert "hypotheses" not in maps and maps["label"].shape == (48, 4, 48)
     check_geometry(maps, turned["T1"])
     check_values(maps)
     report = json.loads((output / "report.json").read_text())
     assert report["modalities"] == {"present": ["T1", "FLAIR"], "missing": ["T1ce", "T2"], "geometry_from": "T1.nii.gz"}
     assert report["absent"]["attribution_T2.nii.gz"] == "no T2 scan was given"
+    assert report["absent"]["counterfactual_T2.nii.gz"] == "no T2 scan was given"
 
 
 @pytest.mark.parametrize("method", ["unet", "deep_ensemble"])

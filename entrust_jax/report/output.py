@@ -46,6 +46,13 @@ MAPS = {
     ),
     "conflict": ("conflict", "how strongly two scans support different classes, 0 to 1"),
 }
+# key of the prediction, of a file for each scan -> meaning
+OF_A_SCAN = {
+    "attribution": "Shapley value of {} for the delivered label, nats: positive supports it, negative argues against "
+    "it",
+    "counterfactual": "segmentation if {} alone were right where scans contradict each other (likeliest class of the "
+    "one-step prediction), label values as in label.nii.gz",
+}
 # file stem -> meaning; what is guaranteed of them stands in the report
 MASKS = {
     "outer_mask": "what the region does not reach beyond, but for a guaranteed share of it",
@@ -194,17 +201,16 @@ def write_prediction(
             else:
                 absent["cause.nii.gz"] = why_absent("cause", method)
             for m, modality in enumerate(modalities):
-                stem = f"attribution_{modality}"
-                if "attribution" not in prediction:
-                    absent[f"{stem}.nii.gz"] = why_absent("attribution", method)
-                elif not volume.present[m]:
-                    absent[f"{stem}.nii.gz"] = f"no {modality} scan was given"
-                else:
-                    meaning = (
-                        f"Shapley value of {modality} for the delivered label, nats: "
-                        "positive supports it, negative argues against it"
-                    )
-                    write(stem, prediction["attribution"][m], np.float32, meaning)
+                for key, meaning in OF_A_SCAN.items():
+                    stem = f"{key}_{modality}"
+                    if key not in prediction:
+                        absent[f"{stem}.nii.gz"] = why_absent(key, method)
+                    elif not volume.present[m]:
+                        absent[f"{stem}.nii.gz"] = f"no {modality} scan was given"
+                    elif key == "counterfactual":
+                        write(stem, values[prediction[key][m]], values.dtype, meaning.format(modality))
+                    else:
+                        write(stem, prediction[key][m], np.float32, meaning.format(modality))
             promised: Mapping[str, Any] = prediction.get("conformal") or {}
             for stem, meaning in MASKS.items() if promised else ():
                 if own := promised[stem]:
@@ -290,6 +296,7 @@ def why_absent(key: str, method: str) -> str:
         "conflict": "evidence from each scan apart",
         "cause": "evidence from each scan apart",
         "attribution": "evidence from each scan apart",
+        "counterfactual": "evidence from each scan apart",
     }
     return f"the method {method} does not make it" + (f": it needs {needs[key]}" if key in needs else "")
 
