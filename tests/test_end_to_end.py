@@ -22,7 +22,7 @@ CASES = {"train": 8, "val": 4, "calibration": 9, "test": 4}
 ENFUSE, SEGDIFF, UNET = 6, 10, 8  # steps of the small run's stages
 FIGURES = (
     "dice", "hd95", "ece_classwise_roi", "ece_classwise_body", "nll", "brier", "error_auroc", "error_auprc", "aurc",
-    "predicted_dice_mae", "hypothesis_diversity", "seconds_per_case", "peak_memory_mb",
+    "aurc_referral", "predicted_dice_mae", "hypothesis_diversity", "seconds_per_case", "peak_memory_mb",
 )  # fmt: skip
 
 
@@ -232,6 +232,8 @@ def test_summary_has_every_figure(comparison, method):
         assert all(stage["value"] is not None for stage in summary[name].values())
     for name in ("dice", "error_auroc", "aurc", "predicted_dice_mae", "seconds_per_case", "peak_memory_mb"):
         assert summary[name]["value"] is not None
+    for name in ("aurc_referral", "aurc"):
+        assert summary[name]["oracle"] <= min(summary[name]["value"], summary[name]["random"]) + 1e-12
     # Truth and prediction both empty: the case has no Dice, and is counted.
     assert summary["dice"]["n"] + summary["dice"]["empty"] == CASES["test"] and summary["method"] == method
     if not absent:

@@ -370,7 +370,10 @@ def result_lines(prediction: Mapping[str, Any]) -> list[Line]:
         lines.append(Line("Predicted Dice: not available", 11.0, step=0.24))
     else:
         lines.append(Line(f"Predicted Dice: {dice:.2f}", 11.5, "bold", step=0.22))
-        lines.append(Line("expected overlap with an expert's outline; 1 is perfect", 9.5, colour=FAINT, step=0.3))
+        words = "expected overlap with an expert's outline; 1 is perfect"
+        if not prediction["label"].any():
+            words = "nothing was found, so there is no overlap to expect: look at the scans"
+        lines.append(Line(words, 9.5, colour=FAINT, step=0.3))
     for name, measured in prediction["regions"].items():
         lines.append(Line(f"{name}: {millilitres(measured['volume_ml'])} ml", 11.5, "bold", step=0.21))
         interval = measured.get("interval")

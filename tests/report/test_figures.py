@@ -127,7 +127,7 @@ def test_everything_is_said_and_no_text_is_cut_or_covered(tmp_path, pages, name)
     for modality in options.get("missing", ()):
         assert f"{modality}\nmissing" in inside
         assert f"Does {modality} support" not in words
-    assert ("nothing found" in inside) == bool(options.get("empty"))
+    assert ("nothing found" in inside) == ("nothing was found" in words) == bool(options.get("empty"))
     assert ("Conflict between the scans" in words) == options.get("full", True)
     numbers = {str(n + 1) for n in range(min(len(made["records"]), figures.SHOWN_REGIONS))}
     assert numbers <= set(inside)
