@@ -377,6 +377,7 @@ def print_headline(results: Mapping[str, Any]) -> None:
         "error_auroc",
         *summary.AREAS,
         "predicted_dice_mae",
+        "predicted_dice_spearman",
         *summary.RATER_METRICS,
         "diversity",
         "rater_diversity",

@@ -22,7 +22,8 @@ CASES = {"train": 8, "val": 4, "calibration": 9, "test": 4}
 ENFUSE, SEGDIFF, UNET = 6, 10, 8  # steps of the small run's stages
 FIGURES = (
     "dice", "hd95", "ece_classwise_roi", "ece_classwise_body", "nll", "brier", "error_auroc", "error_auprc", "aurc",
-    "aurc_referral", "predicted_dice_mae", "hypothesis_diversity", "seconds_per_case", "peak_memory_mb",
+    "aurc_referral", "predicted_dice_mae", "predicted_dice_spearman", "hypothesis_diversity", "seconds_per_case",
+    "peak_memory_mb",
 )  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def test_a_perfect_prediction_gets_perfect_scores():
     assert found["aurc"]["value"] == found["aurc_referral"]["value"] == 0
     assert found["error_auroc"]["value"] is None  # no error to find
     assert "hypothesis_diversity" not in found and "conflict_alignment" not in found
-    assert "predicted_dice_mae" not in found
+    assert "predicted_dice_mae" not in found and "predicted_dice_spearman" not in found
 
 
 def test_figures_of_many_patients(plain):
@@ -239,6 +239,21 @@ def test_an_order_stands_beside_a_random_one_and_the_best(plain):
     assert found["aurc"]["value"] == pytest.approx(np.mean([0.8, 0.6, 0.6, 0.5]))  # worse than no order at all
     none = summary.summarise(with_values(plain[:1], dice=[np.nan]), TARGETS)
     assert none["aurc"]["value"] is None and "random" not in none["aurc"]
+
+
+def test_predicted_and_true_dice_are_compared_by_rank_over_the_patients(plain):
+    true = np.array([0.1, 0.9, 0.3, 0.5, 0.2, 0.8, 0.4, 0.6, 0.7, 0.35, 0.65])
+    guess = true**3  # far off, in the right order
+    guess[[0, 1]] = guess[[1, 0]]  # but for the worst and the best
+    found = summary.summarise(with_values(plain, predicted_dice=guess, dice_by_class=true), TARGETS, resamples=200)
+    one = found["predicted_dice_spearman"]
+    assert one["value"] == pytest.approx(1 - 6 * 2 * 10**2 / (11 * (11**2 - 1))) and one["n"] == 11
+    assert one["ci95"][0] < one["value"] <= one["ci95"][1] <= 1
+    few = with_values(plain[:9], predicted_dice=guess[:9], dice_by_class=true[:9])
+    few = summary.summarise(few, TARGETS)["predicted_dice_spearman"]
+    assert few["ci95"] is None and "fewer than 10" in few["reason"]
+    same = summary.summarise(plain, TARGETS, resamples=20)["predicted_dice_spearman"]  # .9 for all
+    assert same["value"] is None and same["reason"] == "undefined"
 
 
 def test_two_scans_of_a_patient_count_once():

@@ -32,6 +32,7 @@ COMPARED = {  # metric -> +1 where more is better, -1 where less is, 0 where nei
     "aurc_referral": -1,
     "aurc": -1,
     "predicted_dice_mae": -1,
+    "predicted_dice_spearman": 1,
     "hypothesis_diversity": 0,
     "hypothesis_dice": 0,
     "interslice_dice": 0,

@@ -64,6 +64,7 @@ CONVENTIONS = {
     "aurc": "the same, confidence = minus the mean error probability in the ROI",
     "predicted_dice_mae": "mean |predicted Dice - dice_by_class| (mean over the foreground classes, "
     "empty truth with empty prediction 1: what the prediction estimates)",
+    "predicted_dice_spearman": "rank correlation of the same two over three patients or more; ties share a rank",
     "conformal": "per region, mean over patients: outer_fnr, share of the truth outside the outer mask, patients with "
     "the region only; inner_fdr, share of the inner mask outside the truth, 0 for an empty mask; outer_size and "
     "inner_size, the mask's voxels over the truth's; dice_covered and volume_covered, share of the patients (of one "
@@ -172,6 +173,11 @@ def quantities(patients: Sequence[Scores]) -> dict[str, Quantity]:
     for column, order in ((1, "_referral"), (2, "")):
         for name, area in (("aurc", usefulness.aurc), ("excess_aurc", usefulness.excess_aurc)):
             found[f"{name}{order}"] = Quantity(cases[:, [0, column]], ranked, _repeated(area), paired=False)
+    if any("predicted_dice" in one.values for one in patients):
+        keys = ("predicted_dice", "dice_by_class")
+        pairs = np.array([[one.values.get(key, np.nan) for key in keys] for one in patients], np.float64)
+        known = np.asarray(np.isfinite(pairs).all(axis=1))
+        found["predicted_dice_spearman"] = Quantity(pairs, known, _repeated(_spearman), paired=False)
     if "tower" in patients[0].sums:
         found["tower_gap"] = _pooled(patients, "tower", lambda sums: _ratio(sums[[0, 2]]))
         found["tower_bound"] = _pooled(patients, "tower", lambda sums: _ratio(sums[[1, 2]]))
@@ -186,6 +192,10 @@ def _pooled(patients: Sequence[Scores], key: str, reduce: Callable[[np.ndarray],
 
 def _ratio(sums: Float[np.ndarray, "2"]) -> float:
     return float(sums[0] / sums[1]) if sums[1] > 0 else float("nan")
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> float:
+    return conflict.partial_spearman(x, y, [])
 
 
 def _repeated(area: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[np.ndarray, np.ndarray], float]:
@@ -266,6 +276,7 @@ def summarise(cases: Sequence[Scores], targets: Targets, *, resamples: int = sta
     for key in (
         "location_dice",
         "predicted_dice_mae",
+        "predicted_dice_spearman",
         "hypothesis_diversity",
         "hypothesis_dice",
         "interslice_dice",
