@@ -233,7 +233,8 @@ def predict_volume(trained: Trained, volume: Volume, probed: bool = True) -> dic
     """Segmentation, calibrated uncertainty, reasons and guarantees of one case: the maps and records of
 
     `inference.finish`, and under "conformal" what `conformal.apply` returns. The predicted Dice is corrected by the
-    calibration patients where that helps (`conformal.dice_map`).
+    calibration patients where that helps (`conformal.dice_map`); the trust score keeps the one before, whose order is
+    the same without the ties that such a map makes.
 
     The volume is on its scan's own grid, and so are the maps, whatever the network's working spacing. Without `probed`
     nothing is asked for the reasons, which saves almost half of the time; a learned head needs them.

@@ -345,12 +345,12 @@ def draw_risk_coverage(path: Path, scores: Mapping[str, Sequence[scoring.Scores]
     """Mean risk against the share of patients kept, with each method's best possible order."""
     lines, best = {}, {}
     for name, cases in scores.items():
-        pairs = summary.risk_and_confidence(summary.join_patients(cases))
-        pairs = pairs[np.isfinite(pairs).all(axis=1)]
-        if len(pairs):
-            lines[name] = usefulness.risk_coverage(pairs[:, 0], pairs[:, 1])
-            best[name] = usefulness.risk_coverage(pairs[:, 0], -pairs[:, 0])
-    curves.save(curves.risk_coverage_figure(lines, "Risk against coverage, by mean error probability", best), path)
+        ranked = summary.risk_and_confidence(summary.join_patients(cases))
+        ranked = ranked[np.isfinite(ranked).all(axis=1)]
+        if len(ranked):
+            lines[name] = usefulness.risk_coverage(ranked[:, 0], ranked[:, 1])
+            best[name] = usefulness.risk_coverage(ranked[:, 0], -ranked[:, 0])
+    curves.save(curves.risk_coverage_figure(lines, "Risk against coverage, in the order of referral", best), path)
 
 
 def draw_conflict(path: Path, name: str, cases: Sequence[scoring.Scores]) -> None:
@@ -375,7 +375,7 @@ def print_headline(results: Mapping[str, Any]) -> None:
         "lesion_f1",
         "ece_classwise_roi",
         "error_auroc",
-        "aurc",
+        *summary.AREAS,
         "predicted_dice_mae",
         *summary.RATER_METRICS,
         "diversity",
@@ -388,6 +388,7 @@ def print_headline(results: Mapping[str, Any]) -> None:
             if one and one["value"] is not None:
                 interval = "" if one["ci95"] is None else f"  [{one['ci95'][0]:.4g}, {one['ci95'][1]:.4g}]"
                 sets = f", N={one['hypotheses']}, R={_span(one['raters'])}" if "raters" in one else ""
+                sets += f", random {one['random']:.4g}, best {one['oracle']:.4g}" if "random" in one else ""
                 print(f"{key + (' ' + stage if stage else ''):28s} {one['value']:.4g}{interval}  n={one['n']}{sets}")
     for key, found in results.get("conformal", {}).items():
         for region, one in [("", found)] if "value" in found else found.items():

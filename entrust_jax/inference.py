@@ -499,7 +499,14 @@ def finish(
     voxel_ml = float(np.prod(volume.spacing)) / 1000
     out["regions"] = case.volumes(raw.get("hypotheses", raw["label"][None]), regions, voxel_ml)
     out["trust"] = case.trust(
-        e, raw["probability"], volume.body, voxel_ml, raw["predicted_dice"], out.get("conflict"), raw.get("gap")
+        e,
+        raw["probability"],
+        raw["label"],
+        volume.body,
+        voxel_ml,
+        raw["predicted_dice"],
+        out.get("conflict"),
+        raw.get("gap"),
     )
     out["seconds"] = time.perf_counter() - started
     return out

@@ -5,7 +5,8 @@ instead of files. Writes the segmentation, its uncertainty, the reasons and what
 reference scan's geometry, report.json and overview.png.
 
 --cases=FOLDER predicts every folder in it, each into a folder of its own name under --output, and writes referral.csv:
-the cases in the order in which a person should look at them, the least trusted first.
+the cases in the order in which a person should look at them, the least trusted first. The lower the predicted Dice,
+the less a case is trusted; those in which nothing was found come before all others.
 
 Before anything is predicted, a line warns of every scan that does not look like those of training.
 """
@@ -158,7 +159,9 @@ def predict_folders(config: Any, workdir: Path, folders: Sequence[Path], output:
             continue
         unlike = {} if prediction["compared"] is None else {"unlike": " ".join(prediction["compared"]["unlike"])}
         rows.append({"case": folder.name} | prediction["trust"] | unlike)
-        print(f"  trust {prediction['trust']['score']:.4f}, {prediction['seconds']:.1f} s", flush=True)
+        trust = prediction["trust"]
+        words = "nothing found" if trust["nothing_found"] else f"trust {trust['score']:.4f}"
+        print(f"  {words}, {prediction['seconds']:.1f} s", flush=True)
     if rows:
         logs.write_bytes(output / REFERRAL, referral(rows).encode())
         print(f"least trusted first: {output / REFERRAL}")
@@ -167,8 +170,8 @@ def predict_folders(config: Any, workdir: Path, folders: Sequence[Path], output:
 
 
 def referral(rows: Sequence[dict[str, Any]]) -> str:
-    """The cases as CSV in order of review, the least trusted first."""
-    ordered = sorted(rows, key=lambda row: (row["score"], row["case"]))
+    """The cases as CSV in order of review, the least trusted first; see `trustmap.case.trust`."""
+    ordered = sorted(rows, key=lambda row: (row["score"], -row["mean_error"], row["case"]))
     text = io.StringIO()
     table = csv.DictWriter(text, ["review", *ordered[0]], lineterminator="\n")
     table.writeheader()

@@ -110,7 +110,12 @@ def trained(monkeypatch):
             "regions": {"lesion": {"volume_ml": 0.1, "interval": None}},
             "records": [],
             "seconds": 0.5,
-            "trust": {"score": 1 / len(bright), "predicted_dice": 0.9},
+            "trust": {
+                "score": bright.any() / len(bright),
+                "nothing_found": not bright.any(),
+                "predicted_dice": 0.9,
+                "mean_error": 0.1,
+            },
         }
 
     api = types.ModuleType("entrust_jax.api")
@@ -165,22 +170,37 @@ def test_a_case_folder_with_a_mask_of_unknown_values_is_predicted(tmp_path, scan
 
 def test_a_folder_of_cases_gets_an_order_of_referral(tmp_path, trained, capsys):
     rng = np.random.default_rng(0)
-    for name, slices in (("calm", 4), ("worst", 6), ("odd", 5)):  # the network by hand trusts long scans less
+    # The network by hand trusts long scans less.
+    for name, slices in (("calm", 4), ("worst", 6), ("blank", 3), ("odd", 5)):
         folder = tmp_path / "cases" / name
         folder.mkdir(parents=True)
         values = rng.normal(100, 1, (12, 10, slices))
+        if name == "blank":
+            values = np.where(values > 99, 101, 100)  # nowhere more than a deviation above the mean
         nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), np.eye(4)), folder / f"{name}_t1.nii.gz")
     (tmp_path / "cases" / "broken").mkdir()
     (tmp_path / "cases" / "broken" / "broken_t1.nii.gz").write_bytes(b"no scan")
     (tmp_path / "cases" / "notes.txt").write_text("not a case")
-    with pytest.raises(UserError, match=r"1 of 4 cases were not predicted; the first: .*broken_t1"):
+    with pytest.raises(UserError, match=r"1 of 5 cases were not predicted; the first: .*broken_t1"):
         run(tmp_path, cases=str(tmp_path / "cases"))
     lines = (tmp_path / "out" / "referral.csv").read_text().splitlines()
-    assert lines[0] == "review,case,score,predicted_dice"
-    assert [line.split(",")[:2] for line in lines[1:]] == [["1", "worst"], ["2", "odd"], ["3", "calm"]]
-    for name in ("calm", "worst", "odd"):
+    assert lines[0] == "review,case,score,nothing_found,predicted_dice,mean_error"
+    order = ["blank", "worst", "odd", "calm"]
+    assert [line.split(",")[:2] for line in lines[1:]] == [[str(n), name] for n, name in enumerate(order, 1)]
+    for name in order:
         assert json.loads((tmp_path / "out" / name / "report.json").read_text())["case"] == name
-    assert not (tmp_path / "out" / "broken").exists() and "broken: not predicted" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert not (tmp_path / "out" / "broken").exists() and "broken: not predicted" in printed
+    assert printed.count("  nothing found, 0.5 s") == 1 and "  trust 0.2500, 0.5 s" in printed
+
+
+def test_of_equal_scores_the_one_with_the_larger_mean_error_is_reviewed_first():
+    rows = [
+        {"case": name, "score": score, "mean_error": error}
+        for name, score, error in (("a", 0.9, 0.5), ("b", 0.4, 0.1), ("c", 0.4, 0.3), ("d", 0.0, 0.0), ("e", 0.4, 0.1))
+    ]
+    lines = predict.referral(rows).splitlines()
+    assert [line.split(",")[1] for line in lines[1:]] == ["d", "c", "b", "e", "a"]
 
 
 def compared(*unlike, note=""):
@@ -232,7 +252,7 @@ def test_the_order_of_referral_names_scans_unlike_training(tmp_path, scan, train
     monkeypatch.setattr(api, "compare_volume", lambda trained, volume: compared(*unlike[volume.name]))
     run(tmp_path, cases=str(tmp_path / "cases"))
     lines = (tmp_path / "out" / "referral.csv").read_text().splitlines()
-    assert lines[0] == "review,case,score,predicted_dice,unlike"
+    assert lines[0] == "review,case,score,nothing_found,predicted_dice,mean_error,unlike"
     assert [line.split(",")[-1] for line in lines[1:]] == ["", "FLAIR T1"]
 
 

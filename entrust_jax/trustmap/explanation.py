@@ -13,7 +13,17 @@ CONFLICT_THRESHOLD = 0.1
 SUPPORT_THRESHOLD = 0.1
 BOUNDARY_VOXELS = 2.0
 ERROR_FLOOR = 0.05
+REVIEW_THRESHOLD = 0.2  # error probability from which a voxel is up for review
 MINIMUM_VOXELS = 5
+# As report.json states them of a prediction, and train in the working folder, before any test case is seen.
+THRESHOLDS = {
+    "review_error_probability": REVIEW_THRESHOLD,
+    "review_minimum_voxels": MINIMUM_VOXELS,
+    "cause_error_probability": ERROR_FLOOR,
+    "cause_conflict": CONFLICT_THRESHOLD,
+    "cause_support": SUPPORT_THRESHOLD,
+    "cause_boundary_voxels": BOUNDARY_VOXELS,
+}
 
 
 def cause(
@@ -88,11 +98,10 @@ def records(
     support: Float[np.ndarray, "m d h w k"] | None = None,
     attribution: Float[np.ndarray, "m d h w"] | None = None,
     counterfactual: UInt8[np.ndarray, "m d h w"] | None = None,
-    threshold: float = 0.2,
     largest: int = 10,
 ) -> list[dict]:
-    """One record per 3-D component (26 neighbours, at least 5 voxels) of {e > threshold}, most expected
-    errors first.
+    """One record per 3-D component (26 neighbours, at least 5 voxels) of {e > .2}, most expected errors
+    first.
 
     Arguments after `present` that a method lacks are None (conflict_pairs and support come together), and the
     parts of the record made from them are missing. Pairs are in the order of itertools.combinations; spacing
@@ -108,7 +117,7 @@ def records(
     scan if only that modality were right. Everything is plain Python, ready for JSON.
     """
     components = np.zeros(label.shape, np.int32)
-    ndimage.label(error_probability > threshold, structure=np.ones((3, 3, 3)), output=components)
+    ndimage.label(error_probability > REVIEW_THRESHOLD, structure=np.ones((3, 3, 3)), output=components)
     count = int(components.max())
     if count == 0:
         return []
