@@ -201,9 +201,12 @@ def semisynthetic_suite(config: Any) -> None:
             raise UserError("--output is missing: name a folder for the set, or a trained model with --workdir")
         output = Path(FLAGS.output)
         cli.check_place(output, "--output")
-        reliability = semisynthetic.reliabilities(FLAGS.reliability, tuple(config.data.modalities))
+        hypotheses = config.diffusion.hypotheses
+        reliability = semisynthetic.reliabilities(FLAGS.reliability, tuple(config.data.modalities), hypotheses)
         law = semisynthetic.make(config, output, reliability, FLAGS.draws)
         print(f"wrote {len(law['cases'])} cases to {output}; left out: {', '.join(law['left_out']) or 'none'}")
+        auroc, aim = law["exact"]["auroc"], semisynthetic.AIMS["auroc"]
+        print(f"AUROC of contradiction by {hypotheses} hypotheses from the exact law: {auroc:.3f}, aim {aim:g}")
         return
     trained = api.load(one_folder())
     folder = Path(FLAGS.data_dir or trained.config.data.dir)
@@ -245,6 +248,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("cases", 0, "conflict: so many cases, evenly spaced; 0 means all.", lower_bound=0)
     flags.DEFINE_integer("slices", 2, "conflict: slices of a scan that are changed and looked at.", lower_bound=1)
     flags.DEFINE_integer("draws", 4, "semisynthetic: cases made of each scan.", lower_bound=1)
-    flags.DEFINE_list("reliability", [], "semisynthetic: one for each modality; from .95 down to .7 if left out.")
+    flags.DEFINE_list("reliability", [], "semisynthetic: one for each modality; what the aim allows if left out.")
     config_flags.DEFINE_config_file("config", "configs/phantom.py", "Config of the suite.", lock_config=True)
     cli.run(main)

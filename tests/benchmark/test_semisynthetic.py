@@ -13,6 +13,7 @@ from entrust_jax.benchmark import semisynthetic as suite
 from entrust_jax.data import dataset
 from entrust_jax.data import semisynthetic as law_of
 from entrust_jax.errors import UserError
+from entrust_jax.metrics import usefulness
 from entrust_jax.runtime import mesh
 
 
@@ -42,7 +43,8 @@ def made(glioma, tmp_path_factory):
 
 def test_a_set_can_be_read_as_a_manifest(made, glioma):
     folder, law = made
-    assert law["cases"] and json.loads((folder / suite.LAW).read_text()) == law
+    assert law["cases"] and law["exact"] == suite.exact_law((0.95, 0.8, 0.7), glioma.diffusion.hypotheses)
+    assert json.loads((folder / suite.LAW).read_text()) == law
     data = glioma.data.copy_and_resolve_references()
     data.layout, data.dir = "manifest", str(folder)
     found = dataset.find(data)
@@ -66,9 +68,33 @@ def test_a_folder_with_other_files_is_left_alone(glioma, tmp_path):
 @pytest.mark.parametrize(("asked", "said"), [(["a"], "a"), ([".9"], "values"), ([".9", "1"], "below 1")])
 def test_reliabilities_of_a_person(asked, said):
     with pytest.raises(UserError, match=said):
-        suite.reliabilities(asked, ("A", "B"))
-    assert suite.reliabilities([".9", ".6"], ("A", "B")) == (0.9, 0.6)
-    assert suite.reliabilities([], ("A", "B", "C")) == (0.95, 0.825, 0.7)
+        suite.reliabilities(asked, ("A", "B"), 16)
+    assert suite.reliabilities([".9", ".6"], ("A", "B"), 16) == (0.9, 0.6)
+    with pytest.raises(UserError, match="contradicts nothing"):
+        suite.reliabilities([], ("A",), 16)
+
+
+@pytest.mark.parametrize(("count", "ends"), [(2, (0.9, 0.8)), (3, (0.9, 0.8)), (4, (0.8, 0.7))])
+def test_the_exact_law_reaches_the_aim_with_default_reliabilities(count, ends):
+    chosen = suite.reliabilities([], tuple("ABCD"[:count]), 16)
+    assert (chosen[0], chosen[-1]) == pytest.approx(ends)
+    assert suite.exact_law(chosen, 16)["auroc"] >= suite.AIMS["auroc"]
+    assert suite.exact_law(tuple(np.linspace(0.95, 0.7, count)), 16)["auroc"] < suite.AIMS["auroc"]
+
+
+def test_the_exact_law_is_what_drawing_from_it_gives():
+    """Sites and hypotheses drawn from the law, nothing enumerated."""
+    rho, rng = (0.9, 0.85, 0.8), np.random.default_rng(0)
+    truth = np.where(rng.random(20_000) < 0.5, 1, -1)
+    said = np.where(rng.random((len(truth), 3)) < rho, 1, -1) * truth[:, None]
+    votes = rng.binomial(16, law_of.posterior(said, rho))
+    unlike = votes * (16 - votes) / (16 * 15 / 2)
+    kinds = np.array([law_of.kind(one) for one in said])
+    one, all_ = unlike[kinds == "conflict"], unlike[kinds == "agree"]
+    found = suite.exact_law(rho, 16)
+    both = np.concatenate([one, all_])
+    assert usefulness.auroc(both, np.arange(len(both)) < len(one)) == pytest.approx(found["auroc"], abs=0.01)
+    assert one.mean() / all_.mean() == pytest.approx(found["ratio"], rel=0.1)
 
 
 def rows(belief, seed=0, count=240):
