@@ -184,8 +184,11 @@ def test_the_best_auroc_of_some_draws_is_what_drawing_them_gives(draws):
     shares = [rng.binomial(draws, p, 20_000) / draws for p in (0.89, 0.98)]
     score = np.concatenate([s * (1 - s) for s in shares])
     drawn = usefulness.auroc(score, np.arange(len(score)) < 20_000)
-    assert suite.best_auroc(0.89, 0.98, draws) == pytest.approx(drawn, abs=0.01)
-    assert suite.best_auroc(0.9, 0.9, draws) == pytest.approx(0.5)
+    likely, sure = np.array([0.89]), np.array([0.98])
+    assert suite.best_auroc(likely, sure, draws) == pytest.approx(drawn, abs=0.01)
+    assert suite.best_auroc(likely, likely, draws) == pytest.approx(0.5)
+    both = suite.best_auroc(np.array([0.89, 0.98]), sure, draws)
+    assert both == pytest.approx((suite.best_auroc(likely, sure, draws) + 0.5) / 2)
 
 
 def test_a_phantom_with_one_reader_turned_round_is_the_phantom_drawn_so(config):
