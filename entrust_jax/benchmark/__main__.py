@@ -20,7 +20,7 @@ trust: whether a trained EnTrust tells spoilt scans, keeps its guarantees over r
 test patients, and predicts its Dice. Writes trust.json and trust.md.
 subsets: masks, calibration and guarantees of a trained model on its test cases from every subset of their modalities.
 conflict: whether the uncertainty of a trained EnTrust, W, follows conflict injected into one modality of its test
-cases; the same figures of the U-Nets and ensembles named after it.
+cases; the same figures of the U-Nets, with dropout or without, and the ensembles named after it.
 semisynthetic: makes a set of D's scans, in which each modality shows or hides a lesion with known --reliability, to be
 trained on with --config.data.layout=manifest --config.data.dir=O; then judges a model trained on it by the exact
 posterior.
@@ -183,6 +183,7 @@ def conflict_suite(config: Any) -> None:
         "command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]]),
         "code_version": logs.code_version(),
         "methods": {name: trained.config.method for name, trained in methods.items()},
+        "dropout": {name: one.config.unet.dropout for name, one in methods.items() if one.config.method != "entrust"},
         "trained_on": [case.name for case in cases if case.name not in methods[first].splits["test"]],
     }
     output.mkdir(parents=True, exist_ok=True)

@@ -124,11 +124,11 @@ def ask_augmented(trained: api.Trained, volume: Volume, probed: bool) -> Said:
 
 
 def observers(methods: Mapping[str, api.Trained]) -> dict[str, Observer]:
-    """The methods and, of each U-Net or ensemble, test-time augmentation."""
+    """The methods and, of each U-Net or ensemble without dropout, test-time augmentation."""
     found: dict[str, Observer] = {}
     for name, trained in methods.items():
         found[name] = Observer(functools.partial(ask, trained), True)
-        if isinstance(trained.network, UNet):
+        if isinstance(trained.network, UNet) and not trained.network.dropout:
             found[f"{name}, augmented at test time"] = Observer(functools.partial(ask_augmented, trained), False)
     return found
 
