@@ -503,6 +503,7 @@ def thinned(raw: Raw, volume: Volume, slices: int | None) -> Raw:
 def examine_unet(
     params: Any,
     volume: Volume,
+    key: Array,
     *,
     model: UNet,
     mesh: Mesh,
@@ -517,7 +518,7 @@ def examine_unet(
 
     def parts():
         for group, real in _groups(at, mesh.size):
-            found = np.asarray(inference.ensemble(params, batch_of(around, group), model=model, mesh=mesh))
+            found = np.asarray(inference.ensemble(params, batch_of(around, group), key, model=model, mesh=mesh))
             for i, origin in enumerate(real):
                 yield origin, {"members": found[i]}
 

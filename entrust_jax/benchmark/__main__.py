@@ -20,7 +20,7 @@ trust: whether a trained EnTrust tells spoilt scans, keeps its guarantees over r
 test patients, and predicts its Dice. Writes trust.json and trust.md.
 subsets: masks, calibration and guarantees of a trained model on its test cases from every subset of their modalities.
 conflict: whether the uncertainty of a trained EnTrust, W, follows conflict injected into one modality of its test
-cases; the same figures of the U-Nets and ensembles named after it.
+cases; the same figures of the U-Nets, with dropout or without, and the ensembles named after it.
 semisynthetic: makes a set of D's scans, in which each modality shows or hides a lesion with known --reliability, to be
 trained on with --config.data.layout=manifest --config.data.dir=O; then judges a model trained on it by the exact
 posterior.
@@ -183,6 +183,7 @@ def conflict_suite(config: Any) -> None:
         "command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]]),
         "code_version": logs.code_version(),
         "methods": {name: trained.config.method for name, trained in methods.items()},
+        "dropout": {name: one.config.unet.dropout for name, one in methods.items() if one.config.method != "entrust"},
         "trained_on": [case.name for case in cases if case.name not in methods[first].splits["test"]],
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -201,9 +202,12 @@ def semisynthetic_suite(config: Any) -> None:
             raise UserError("--output is missing: name a folder for the set, or a trained model with --workdir")
         output = Path(FLAGS.output)
         cli.check_place(output, "--output")
-        reliability = semisynthetic.reliabilities(FLAGS.reliability, tuple(config.data.modalities))
+        hypotheses = config.diffusion.hypotheses
+        reliability = semisynthetic.reliabilities(FLAGS.reliability, tuple(config.data.modalities), hypotheses)
         law = semisynthetic.make(config, output, reliability, FLAGS.draws)
         print(f"wrote {len(law['cases'])} cases to {output}; left out: {', '.join(law['left_out']) or 'none'}")
+        auroc, aim = law["exact"]["auroc"], semisynthetic.AIMS["auroc"]
+        print(f"AUROC of contradiction by {hypotheses} hypotheses from the exact law: {auroc:.3f}, aim {aim:g}")
         return
     trained = api.load(one_folder())
     folder = Path(FLAGS.data_dir or trained.config.data.dir)
@@ -245,6 +249,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("cases", 0, "conflict: so many cases, evenly spaced; 0 means all.", lower_bound=0)
     flags.DEFINE_integer("slices", 2, "conflict: slices of a scan that are changed and looked at.", lower_bound=1)
     flags.DEFINE_integer("draws", 4, "semisynthetic: cases made of each scan.", lower_bound=1)
-    flags.DEFINE_list("reliability", [], "semisynthetic: one for each modality; from .95 down to .7 if left out.")
+    flags.DEFINE_list("reliability", [], "semisynthetic: one for each modality; what the aim allows if left out.")
     config_flags.DEFINE_config_file("config", "configs/phantom.py", "Config of the suite.", lock_config=True)
     cli.run(main)
