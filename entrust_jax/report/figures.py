@@ -15,7 +15,6 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize, to_rgba
 from matplotlib.patches import Rectangle
-from scipy import ndimage
 
 from entrust_jax.report.page import WIDTH, Line, Panel, compose
 from entrust_jax.report.slices import (
@@ -78,7 +77,7 @@ def overview(
     classes: Sequence[str],
     title: str,
     warnings: Sequence[str] = (),
-    threshold: float = 0.2,
+    threshold: float = explanation.REVIEW_THRESHOLD,
 ) -> None:
     """Writes the picture as PNG. Maps that the method does not make are left out; missing modalities say so.
 
@@ -296,7 +295,7 @@ def marks(
     error: np.ndarray, records: Sequence[Mapping[str, Any]], chosen: int, threshold: float
 ) -> list[tuple[int, int, int]]:
     """Where to number each review region (D, H, W): in the chosen slice if it is there too."""
-    components, _ = ndimage.label(error > threshold, structure=np.ones((3, 3, 3)))  # type: ignore[misc]
+    components = explanation.components(error, threshold)
     found = []
     for record in records:
         z, h, w = (record["place"][key] for key in ("slice", "row", "column"))

@@ -152,7 +152,7 @@ def write_prediction(
     hypotheses: bool,
     versions: Mapping[str, str],
     warnings: Sequence[str] = (),
-    threshold: float = 0.2,
+    threshold: float = explanation.REVIEW_THRESHOLD,
 ) -> None:
     """Writes maps, report and picture of one case to the folder `output`, whole or not at all.
 
