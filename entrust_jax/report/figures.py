@@ -23,6 +23,7 @@ from entrust_jax.report.slices import (
     INK,
     View,
     blank,
+    box,
     heat_rgba,
     make_view,
     note,
@@ -147,18 +148,7 @@ def make_panels(
         axes.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=shown.extent, interpolation="bilinear")
         side_marks(axes)
         if shown is view and near is not view and z == chosen:
-            right, bottom = position(near.rows.start - 0.5, near.columns.start - 0.5, view)
-            axes.add_patch(
-                Rectangle(
-                    (right, bottom),
-                    -near.extent[1],
-                    near.extent[3],
-                    fill=False,
-                    edgecolor="white",
-                    linewidth=1.0,
-                    linestyle=(0, (4, 3)),
-                )
-            )
+            box(axes, near, view)
 
     def show_scan(axes: Axes, m: int) -> None:
         if volume.present[m]:
