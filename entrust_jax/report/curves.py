@@ -285,7 +285,7 @@ def save(picture: Figure, path: Path, palette: bool = False) -> None:
         picture.savefig(beside, format="png")
         if palette:
             with Image.open(beside) as file:
-                reduced = file.convert("RGB").quantize(256)
+                reduced = file.convert("RGB").quantize(256, kmeans=2)  # else thin lines lose their colour
             reduced.save(beside, format="PNG", optimize=True)
         beside.chmod(0o644)  # mkstemp makes it private
         beside.replace(path)
