@@ -39,6 +39,7 @@ ADDED = {
     },
     "model": {"strides": [], "compute": "float32", "remat": False},
     "trust": {"fnr": 0.1, "fdr": 0.1, "coverage": 0.9},
+    "unet": {"dropout": 0.0, "passes": 16},
 }
 
 

@@ -333,6 +333,8 @@ def test_data_that_cannot_be_read_leaves_no_split_behind(scans, tmp_path):
         ("model.space_to_depth", 0, "space_to_depth"),
         ("model.widths", (), "model.widths"),
         ("unet.members", 0, "unet.members"),
+        ("unet.passes", 0, "unet.passes"),
+        ("unet.dropout", 1.0, "unet.dropout is 1.0; give a share"),
         ("data.patch", (0, 0), "data.patch"),
         ("data.patch", (8, 8, 8, 8), "data.patch"),
         ("data.patch", (100, 100), "multiples of 16 x 16"),
@@ -382,5 +384,3 @@ def test_a_split_that_cannot_be_drawn_is_said_before_compiling(scans):
         own.data.split[key] = value
         with pytest.raises(UserError, match=f"config.data.split.*{key}|{key}"):
             dataset.check(own.data)
-
-

@@ -5,6 +5,7 @@ python -m entrust_jax.benchmark --suite=volume --config=configs/brats.py [--shap
 python -m entrust_jax.benchmark --suite=compile --config=configs/brats.py --output=O
 python -m entrust_jax.benchmark --suite=trust --workdir=W --output=O [--patients=512] [--spoilt=64]
 python -m entrust_jax.benchmark --suite=subsets --workdir=W --output=O [--data_dir=D] [--split=test|all]
+python -m entrust_jax.benchmark --suite=regions --workdir=W[,W2,...] --output=O [--data_dir=D] [--split=test|all]
 python -m entrust_jax.benchmark --suite=conflict --workdir=W[,U,...] [--output=O] [--data_dir=D] [--slices=N]
 python -m entrust_jax.benchmark --suite=semisynthetic --config=configs/glioma.py --config.data.dir=D --output=O
 python -m entrust_jax.benchmark --suite=semisynthetic --workdir=W
@@ -19,8 +20,10 @@ compile: memory and FLOPs of a training step on one device and on eight, compile
 trust: whether a trained EnTrust tells spoilt scans, keeps its guarantees over random divisions of its calibration and
 test patients, and predicts its Dice. Writes trust.json and trust.md.
 subsets: masks, calibration and guarantees of a trained model on its test cases from every subset of their modalities.
+regions: what a trained EnTrust calls doubtful in its test cases, beside the truth: a sheet of ten regions for the eye,
+sums over all of them by cause. Several W: folds of one set.
 conflict: whether the uncertainty of a trained EnTrust, W, follows conflict injected into one modality of its test
-cases; the same figures of the U-Nets and ensembles named after it.
+cases; the same figures of the U-Nets, with dropout or without, and the ensembles named after it.
 semisynthetic: makes a set of D's scans, in which each modality shows or hides a lesion with known --reliability, to be
 trained on with --config.data.layout=manifest --config.data.dir=O; then judges a model trained on it by the exact
 posterior.
@@ -57,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
         "compile": compile_suite,
         "trust": trust_suite,
         "subsets": subsets_suite,
+        "regions": regions_suite,
         "conflict": conflict_suite,
         "semisynthetic": semisynthetic_suite,
     }
@@ -163,6 +167,32 @@ def subsets_suite(config: Any) -> None:
     print((output / "subsets.md").read_text())
 
 
+def regions_suite(config: Any) -> None:
+    """Writes regions.png, regions.json and regions.md into --output, and prints the latter."""
+    del config
+    from entrust_jax import evaluate
+    from entrust_jax.benchmark import regions
+    from entrust_jax.runtime import logs
+
+    for name in ("workdir", "output"):
+        if not FLAGS[name].value:
+            raise UserError(f"--{name} is missing: --suite=regions --workdir=FOLDER_OF_A_TRAINING --output=FOLDER")
+    output = Path(FLAGS.output)
+    cli.check_place(output, "--output")
+    regions.check_new(output)
+    methods = evaluate.load_methods([Path(workdir) for workdir in FLAGS.workdir])
+    regions.check(methods, FLAGS.split)
+    cases = (
+        (name, volume)
+        for name, trained in methods.items()
+        for volume in evaluate.read_volumes({name: trained}, FLAGS.data_dir, FLAGS.split)[0][name]
+    )
+    about = {"command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]])}
+    about |= {"code_version": logs.code_version(), "split": FLAGS.split}
+    regions.run(methods, cases, output, about)
+    print((output / "regions.md").read_text())
+
+
 def conflict_suite(config: Any) -> None:
     """Writes conflict.json, conflict.md and conflict.png into --output, by default W/conflict."""
     del config
@@ -183,6 +213,7 @@ def conflict_suite(config: Any) -> None:
         "command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]]),
         "code_version": logs.code_version(),
         "methods": {name: trained.config.method for name, trained in methods.items()},
+        "dropout": {name: one.config.unet.dropout for name, one in methods.items() if one.config.method != "entrust"},
         "trained_on": [case.name for case in cases if case.name not in methods[first].splits["test"]],
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -201,9 +232,12 @@ def semisynthetic_suite(config: Any) -> None:
             raise UserError("--output is missing: name a folder for the set, or a trained model with --workdir")
         output = Path(FLAGS.output)
         cli.check_place(output, "--output")
-        reliability = semisynthetic.reliabilities(FLAGS.reliability, tuple(config.data.modalities))
+        hypotheses = config.diffusion.hypotheses
+        reliability = semisynthetic.reliabilities(FLAGS.reliability, tuple(config.data.modalities), hypotheses)
         law = semisynthetic.make(config, output, reliability, FLAGS.draws)
         print(f"wrote {len(law['cases'])} cases to {output}; left out: {', '.join(law['left_out']) or 'none'}")
+        auroc, aim = law["exact"]["auroc"], semisynthetic.AIMS["auroc"]
+        print(f"AUROC of contradiction by {hypotheses} hypotheses from the exact law: {auroc:.3f}, aim {aim:g}")
         return
     trained = api.load(one_folder())
     folder = Path(FLAGS.data_dir or trained.config.data.dir)
@@ -228,7 +262,8 @@ def one_folder() -> str:
 
 
 if __name__ == "__main__":
-    names = ["phantom", "steps", "latency", "volume", "compile", "trust", "subsets", "conflict", "semisynthetic"]
+    names = ["phantom", "steps", "latency", "volume", "compile", "trust", "subsets", "regions"]
+    names += ["conflict", "semisynthetic"]
     flags.DEFINE_enum("suite", "phantom", names, "What to measure.")
     flags.DEFINE_list("shape", ["155", "240", "240"], "volume: voxels of the scan along D, H, W.")
     flags.DEFINE_string("output", None, "Folder for the results, or for the set.")
@@ -239,12 +274,16 @@ if __name__ == "__main__":
     flags.DEFINE_bool("quick", False, "The reference alone, one seed.")
     flags.DEFINE_integer("size", 128, "latency: height and width of the slice, a multiple of 16.")
     flags.DEFINE_integer("repeats", 5, "latency: timed calls after the first.")
-    flags.DEFINE_list("workdir", None, "conflict: working folders, a trained EnTrust first; other suites: one.")
+    flags.DEFINE_list(
+        "workdir",
+        None,
+        "conflict: working folders, a trained EnTrust first; regions: folds of one set; other suites: one.",
+    )
     flags.DEFINE_string("data_dir", None, "Folder of labelled scans, or of the set; the one trained on if left out.")
     flags.DEFINE_enum("split", "test", ["test", "all"], "Held-out test cases, or every labelled case.")
     flags.DEFINE_integer("cases", 0, "conflict: so many cases, evenly spaced; 0 means all.", lower_bound=0)
     flags.DEFINE_integer("slices", 2, "conflict: slices of a scan that are changed and looked at.", lower_bound=1)
     flags.DEFINE_integer("draws", 4, "semisynthetic: cases made of each scan.", lower_bound=1)
-    flags.DEFINE_list("reliability", [], "semisynthetic: one for each modality; from .95 down to .7 if left out.")
+    flags.DEFINE_list("reliability", [], "semisynthetic: one for each modality; what the aim allows if left out.")
     config_flags.DEFINE_config_file("config", "configs/phantom.py", "Config of the suite.", lock_config=True)
     cli.run(main)

@@ -20,7 +20,6 @@ HEADLINE = "disagreement"  # of EnTrust's hypotheses: what should follow conflic
 PARTS = ("auroc", "ratio", "inner_auroc", "inner_ratio")  # of the figures, those given for parts of the injections
 AIMS = {"auroc": 0.85, "ratio": 2.0}
 RESAMPLES = statistics.RESAMPLES
-NO_DROPOUT = "the U-Net has no dropout, in training or at test time: no figure"
 
 
 class Result(NamedTuple):
@@ -207,7 +206,6 @@ def summarise(
         "spearman": mean_figure(by_patient(results, lambda row: row.get("spearman"))),
         "partial_spearman": mean_figure(by_patient(results, lambda row: row.get("partial_spearman"))),
         "faithfulness": faith_figures(results),
-        "mc_dropout": {"value": None, "reason": NO_DROPOUT},
     }
     rows = [row for result in results for row in result.rows if "exact" in row]
     if rows:
@@ -289,7 +287,7 @@ def table(summary: Mapping[str, Any]) -> str:
         ]
         for name, one in summary["measures"].items()
     ]
-    lines += ["", *markdown.table(head, rows), "", f"MC dropout: {summary['mc_dropout']['reason']}.", ""]
+    lines += ["", *markdown.table(head, rows), ""]
     if summary["above_baselines"]:
         rows = [[name, in_words(one)] for name, one in summary["above_baselines"].items()]
         lines += [*markdown.table(["baseline", "AUROC of EnTrust's disagreement less the baseline's"], rows), ""]

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Integer, Shaped
 from scipy import stats
 
-from entrust_jax.metrics import statistics
+from entrust_jax.metrics import statistics, usefulness
 
 ENTROPY_EDGES = (0.01, 0.02, 0.05, *(round(0.1 + 0.05 * i, 2) for i in range(18)))  # share of log K
 DISTANCE_EDGES = (1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0)  # mm
@@ -150,6 +150,29 @@ def alignment_summary(patients: Sequence[Alignment], *, resamples: int = statist
         "voxels_high": int(sum(one.voxels[0] for one in used)),
         "voxels_low": int(sum(one.voxels[1] for one in used)),
     }
+
+
+def site_auroc(
+    score: Float[np.ndarray, " n"],
+    positive: Bool[np.ndarray, " n"],
+    patient: Shaped[np.ndarray, " n"],
+    *,
+    resamples: int = statistics.RESAMPLES,
+) -> dict[str, Any]:
+    """P(score of a positive site > score of another) + half the ties over the sites of all patients, those without a
+
+    score left out; the interval resamples whole patients.
+    """
+    known = np.isfinite(score)
+    _, rank = np.unique(score[known], return_inverse=True)
+    names, owner = np.unique(patient[known], return_inverse=True)
+    counts = np.zeros((len(names), rank.max(initial=-1) + 1, 2))
+    np.add.at(counts, (owner, rank, positive[known].astype(int)), 1)
+
+    def of(weights: Float[np.ndarray, " p"]) -> float:
+        return usefulness.auroc_from_histogram(np.tensordot(weights, counts, 1))
+
+    return statistics.figure(of, len(names), resamples=resamples)
 
 
 def kendall(doses: Sequence[float], values: Sequence[float]) -> float:

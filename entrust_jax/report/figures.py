@@ -15,7 +15,6 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize, to_rgba
 from matplotlib.patches import Rectangle
-from scipy import ndimage
 
 from entrust_jax.report.page import WIDTH, Line, Panel, compose
 from entrust_jax.report.slices import (
@@ -24,6 +23,7 @@ from entrust_jax.report.slices import (
     INK,
     View,
     blank,
+    box,
     heat_rgba,
     make_view,
     note,
@@ -146,18 +146,7 @@ def make_panels(
         axes.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=shown.extent, interpolation="bilinear")
         side_marks(axes)
         if shown is view and near is not view and z == chosen:
-            right, bottom = position(near.rows.start - 0.5, near.columns.start - 0.5, view)
-            axes.add_patch(
-                Rectangle(
-                    (right, bottom),
-                    -near.extent[1],
-                    near.extent[3],
-                    fill=False,
-                    edgecolor="white",
-                    linewidth=1.0,
-                    linestyle=(0, (4, 3)),
-                )
-            )
+            box(axes, near, view)
 
     def show_scan(axes: Axes, m: int) -> None:
         if volume.present[m]:
@@ -292,7 +281,7 @@ def make_panels(
 
 def marks(error: np.ndarray, records: Sequence[Mapping[str, Any]], chosen: int) -> list[tuple[int, int, int]]:
     """Where to number each review region (D, H, W): in the chosen slice if it is there too."""
-    components, _ = ndimage.label(error > explanation.REVIEW_THRESHOLD, structure=np.ones((3, 3, 3)))  # type: ignore[misc]
+    components = explanation.components(error)
     found = []
     for record in records:
         z, h, w = (record["place"][key] for key in ("slice", "row", "column"))

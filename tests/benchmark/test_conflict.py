@@ -184,8 +184,11 @@ def test_the_best_auroc_of_some_draws_is_what_drawing_them_gives(draws):
     shares = [rng.binomial(draws, p, 20_000) / draws for p in (0.89, 0.98)]
     score = np.concatenate([s * (1 - s) for s in shares])
     drawn = usefulness.auroc(score, np.arange(len(score)) < 20_000)
-    assert suite.best_auroc(0.89, 0.98, draws) == pytest.approx(drawn, abs=0.01)
-    assert suite.best_auroc(0.9, 0.9, draws) == pytest.approx(0.5)
+    likely, sure = np.array([0.89]), np.array([0.98])
+    assert suite.best_auroc(likely, sure, draws) == pytest.approx(drawn, abs=0.01)
+    assert suite.best_auroc(likely, likely, draws) == pytest.approx(0.5)
+    both = suite.best_auroc(np.array([0.89, 0.98]), sure, draws)
+    assert both == pytest.approx((suite.best_auroc(likely, sure, draws) + 0.5) / 2)
 
 
 def test_a_phantom_with_one_reader_turned_round_is_the_phantom_drawn_so(config):
@@ -218,10 +221,10 @@ def test_mirroring_twice_is_nothing_and_a_contrast_keeps_the_moments():
     assert not changed.image[:, ~volume.body].any()
 
 
-def untrained(config, method):
+def untrained(config, method, dropout=0.0):
     """A working folder's contents without the training."""
     own = config.copy_and_resolve_references()
-    own.method = method
+    own.method, own.unet.dropout, own.unet.passes = method, dropout, 3
     params = jax.jit(lambda: api.init_params(own, jax.random.key(0)))()
     # A last layer of zeros says the same of every scan.
     params = jax.tree.map(lambda x: x + 0.1 * np.random.default_rng(0).normal(size=x.shape).astype(np.float32), params)
@@ -233,7 +236,7 @@ def untrained(config, method):
 
 @pytest.fixture(scope="module")
 def methods(config):
-    return {name: untrained(config, name) for name in ("entrust", "unet")}
+    return {name: untrained(config, name) for name in ("entrust", "unet")} | {"MC": untrained(config, "unet", 0.2)}
 
 
 def test_a_run_writes_its_figures_for_networks_too(methods, config, tmp_path):
@@ -246,9 +249,9 @@ def test_a_run_writes_its_figures_for_networks_too(methods, config, tmp_path):
     assert set(written["measures"]) == {
         "entrust: disagreement", "entrust: divergence", "entrust: entropy", "entrust: conflict", "unet: entropy",
         "unet, augmented at test time: disagreement", "unet, augmented at test time: divergence",
-        "unet, augmented at test time: entropy",
+        "unet, augmented at test time: entropy", "MC: disagreement", "MC: divergence", "MC: entropy",
     }  # fmt: skip
-    assert written["mc_dropout"] == {"value": None, "reason": figures.NO_DROPOUT}
+    assert written["measures"]["MC: divergence"]["line"][0] > 0
     assert len(written["rows"]) == written["injections"] == found["injections"]
     assert "| aim | value | met |" in (tmp_path / "conflict.md").read_text()
     assert (tmp_path / "conflict.png").stat().st_size > 10_000

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from entrust_jax.metrics import conflict
+from entrust_jax.metrics import conflict, usefulness
 
 
 def scene(seed, bonus, n=4000):
@@ -134,3 +134,15 @@ def test_kendall_of_a_response():
     assert conflict.kendall((0, 1, 2), (0.1, 0.2, 0.3)) == pytest.approx(1.0)
     assert conflict.kendall((0, 1, 2), (0.3, 0.2, 0.1)) == pytest.approx(-1.0)
     assert conflict.kendall((0, 1, 2), (0.2, 0.2, 0.2)) == 0.0
+
+
+def test_the_auroc_of_sites_resamples_patients():
+    """Ten patients of whom one is wrong twenty times: pooled over sites, an interval as wide as ten patients'."""
+    score = np.array([1.0, 0.0] * 9 + [0.0, 1.0] * 20 + [np.nan])
+    positive = np.array([True, False] * 29 + [True])
+    patient = np.array([f"P{i}" for i in range(9) for _ in "ab"] + ["P9"] * 40 + ["P10"])
+    found = conflict.site_auroc(score, positive, patient, resamples=500)
+    known = slice(0, -1)
+    assert found["value"] == pytest.approx(usefulness.auroc(score[known], positive[known]))
+    assert found["n"] == 10 and found["ci95"][0] < 0.2 and found["ci95"][1] > 0.95
+    assert conflict.site_auroc(score[-1:], positive[-1:], patient[-1:])["value"] is None
