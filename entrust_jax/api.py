@@ -145,6 +145,13 @@ def load(workdir: Path | str) -> Trained:
     )
 
 
+def with_hypotheses(trained: Trained, count: int) -> Trained:
+    """The same model, which draws so many hypotheses of a case; a U-Net with dropout takes so many passes."""
+    config = trained.config.copy_and_resolve_references()
+    config.diffusion.hypotheses = config.unet.passes = count
+    return dataclasses.replace(trained, config=config, network=network_of(config))
+
+
 def read_conformal(path: Path, regions: tuple[str, ...]) -> dict[str, Any] | None:
     """The guarantees of a working folder; None where it has none. Raises UserError where they are damaged."""
     try:

@@ -34,7 +34,7 @@ from entrust_jax.runtime import logs
 from entrust_jax.trustmap import calibration, probing
 from entrust_jax.trustmap import statistics as spread
 
-DOSES = (0.5, 1.0)
+DOSES = (0.25, 0.5, 0.75, 1.0)
 POWERS = (0.8, 1.25)  # of the contrasts of test-time augmentation, each mirrored and not
 NEIGHBOURHOOD = 5  # voxels round a region within which uncertainty is correlated with conflict
 MEASURES = {

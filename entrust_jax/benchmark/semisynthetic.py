@@ -239,6 +239,7 @@ def judged(rows: Sequence[Mapping[str, Any]], law: Mapping[str, Any]) -> dict[st
         return float(alone[said != 0].mean())
 
     found: dict[str, Any] = {"sites": {kind: sum(row["kind"] == kind for row in rows) for kind in KINDS}}
+    found["hypotheses"] = draws = max((row["hypotheses"] for row in rows), default=0)
     for kind in KINDS:
         found[f"error where they {kind}"] = figure(kind, lambda r: abs(r["belief"] - r["posterior"]))
         found[f"error of the mean of readers where they {kind}"] = figure(
@@ -258,7 +259,7 @@ def judged(rows: Sequence[Mapping[str, Any]], law: Mapping[str, Any]) -> dict[st
     for name in conflict.MEASURES:
         score = np.array([row[name] for row in rows], np.float64)
         found[f"AUROC of {name}"] = site_auroc(score, opposed == "conflict", patient, resamples=RESAMPLES)
-    found["exact AUROC of disagreement"] = _exactly_separated(rows)
+    found["exact AUROC of disagreement"] = _exactly_separated(rows, draws)
     exactly = {said: contributions(np.array(said), rho) for said in {tuple(row["evidence"]) for row in rows}}
     blames: dict[str, Callable[[Mapping[str, Any]], np.ndarray | None]] = {
         "blame is right in conflict": lambda r: None if r["phi"] is None else np.array(r["phi"]),
@@ -279,9 +280,8 @@ def _blame(row: Mapping[str, Any], phi: np.ndarray | None) -> float | None:
     return None if phi is None else rightly_blamed(phi, np.array(row["evidence"]), row["truth"])
 
 
-def _exactly_separated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """AUROC of the disagreement of as many draws from the exact law over the same sites."""
-    draws = max((row["hypotheses"] for row in rows), default=0)
+def _exactly_separated(rows: Sequence[Mapping[str, Any]], draws: int) -> dict[str, Any]:
+    """AUROC of the disagreement of so many draws from the exact law over the same sites."""
     all_, one = (np.array([row["posterior"] for row in rows if row["kind"] == kind]) for kind in KINDS)
     if draws < 2 or not (one.size and all_.size):
         return {"value": None, "ci95": None, "n": 0, "reason": "undefined"}
@@ -314,10 +314,12 @@ def evaluate(
 
 def table(found: Mapping[str, Any]) -> str:
     """semisynthetic.md."""
-    lines = ["# Semi-synthetic set", "", f"Sites: {found['sites']}. Means over patients with 95 % intervals.", ""]
+    sites = ", ".join(f"{count} {kind}" for kind, count in found["sites"].items())
+    lines = ["# Semi-synthetic set", "", f"Sites: {sites}; {found['hypotheses']} hypotheses. ", ""]
+    lines[2] += "Means over patients, AUROCs over sites, with 95 % intervals over patients."
     lines += ["| figure | value |", "| --- | --- |"]
     for name, one in found.items():
-        if name != "sites":
+        if name not in ("sites", "hypotheses"):
             value = "–" if one["value"] is None else f"{one['value']:.3f}"
             interval = f" [{one['ci95'][0]:.3f}, {one['ci95'][1]:.3f}]" if one["ci95"] else ""
             lines.append(f"| {name} | {value}{interval} |")

@@ -175,6 +175,31 @@ def site_auroc(
     return statistics.figure(of, len(names), resamples=resamples)
 
 
+def shift_null(own: Float[np.ndarray, " n"], read: Float[np.ndarray, "n n"]) -> dict[str, Any]:
+    """Is a figure of patients more when it is read from their own maps than from others'? The null of cyclic shifts.
+
+        T_k = mean_i read[i, (i + k) mod n],   k = 1 .. n - 1        p = (1 + #{k : T_k >= mean own}) / (1 + #{k})
+
+    own[i]: of patient i from his own maps; read[i, j]: from those of patient j; NaN where there is none. All shifts are
+    taken: p is exact where nothing is missing, and never below 1/n. Returns the mean of T ("value"), its outer 5 %
+    ("quantiles"), the share of shifts below the own figure ("quantile", ties half), p, and the number of shifts; null
+    without any.
+    """
+    n = len(own)
+    rows = np.arange(n)
+    drawn = np.array([statistics.finite_mean(read[rows, (rows + k) % n].tolist()) for k in range(1, n)])
+    drawn, observed = drawn[np.isfinite(drawn)], statistics.finite_mean(own.tolist())
+    if not drawn.size or not np.isfinite(observed):
+        return {"value": None, "quantiles": None, "quantile": None, "p": None, "shifts": 0}
+    return {
+        "value": float(drawn.mean()),
+        "quantiles": np.quantile(drawn, (0.025, 0.975)).tolist(),
+        "quantile": float(np.mean(drawn < observed) + np.mean(drawn == observed) / 2),
+        "p": float((1 + np.sum(drawn >= observed)) / (1 + drawn.size)),
+        "shifts": int(drawn.size),
+    }
+
+
 def kendall(doses: Sequence[float], values: Sequence[float]) -> float:
     """Kendall's tau-b of a response to a dose; 0 for one that does not respond at all, NaN for values that are none."""
     if not np.isfinite(values).all():

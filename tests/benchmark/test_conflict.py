@@ -139,8 +139,10 @@ def test_noise_and_a_constant_score_chance_and_miss_the_aims(results, summary):
 
 def test_another_patients_map_says_nothing(summary):
     """The null: the region of one patient read from the maps of another scores chance, however good they are."""
-    null = summary["measures"]["right: disagreement"]["auroc_foreign_map"]
-    assert null["n"] == 12 and null["value"] == pytest.approx(0.5, abs=0.06)
+    null = summary["measures"]["right: disagreement"]["null"]
+    assert null["value"] == pytest.approx(0.5, abs=0.06)
+    assert null["shifts"] == 11 and null["p"] == pytest.approx(1 / 12) and null["quantile"] == 1
+    assert summary["measures"]["noise: disagreement"]["null"]["p"] > 0.1
 
 
 def test_blame_falls_on_the_altered_modality_where_the_label_stands(results, summary):
@@ -255,6 +257,14 @@ def test_a_run_writes_its_figures_for_networks_too(methods, config, tmp_path):
     assert len(written["rows"]) == written["injections"] == found["injections"]
     assert "| aim | value | met |" in (tmp_path / "conflict.md").read_text()
     assert (tmp_path / "conflict.png").stat().st_size > 10_000
+
+
+def test_as_many_hypotheses_and_passes_as_asked_for(methods):
+    assert len(suite.ask(methods["MC"], scan(0), False).hypotheses) == 3
+    assert len(suite.ask(api.with_hypotheses(methods["MC"], 5), scan(0), False).hypotheses) == 5
+    more = api.with_hypotheses(methods["entrust"], 5)
+    assert (more.config.diffusion.hypotheses, methods["entrust"].config.diffusion.hypotheses) == (5, 2)
+    assert more.network == methods["entrust"].network
 
 
 def test_mistakes_of_a_person(methods, config, tmp_path):
