@@ -22,7 +22,7 @@ from absl import flags
 
 from entrust_jax import api, cli, inference, networks
 from entrust_jax.baselines import location as baseline
-from entrust_jax.data import preprocess, resampling
+from entrust_jax.data import preprocess, resampling, scans
 from entrust_jax.errors import UserError
 from entrust_jax.metrics import calibration, comparison, conflict, lesions, scoring, summary, usefulness
 from entrust_jax.report import curves
@@ -145,7 +145,7 @@ def read_volumes(
         for problem in problems:
             print(f"{name}: {problem}")
         volumes[name] = sorted(found, key=lambda volume: volume.name)
-        if any(preprocess.is_picture(volume.reference) for volume in found if volume.reference):
+        if any(scans.is_picture(volume.reference) for volume in found if volume.reference):
             warnings[name].append("pictures do not say how large a pixel is: 1 mm is taken, so no mm or ml is real")
             print(f"{name}: {warnings[name][-1]}")
         unlabelled = [volume.name for volume in volumes[name] if volume.label is None]

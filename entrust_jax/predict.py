@@ -79,14 +79,14 @@ def main(argv: Sequence[str]) -> None:
 
 def read(config: Any, case: Any) -> tuple[Any, list[str]]:
     """The scans of a case, and a sentence for whatever is lost with those that are missing."""
-    from entrust_jax.data import dataset, preprocess
+    from entrust_jax.data import dataset, preprocess, scans
 
     data = config.data
     modalities = tuple(data.modalities)
     volume = preprocess.read_volume(case, **dataset.reading(data))
     present = [name for name, there in zip(modalities, volume.present, strict=True) if there]
     lost = losses(present, modalities, data.reference)
-    if volume.reference is not None and preprocess.is_picture(volume.reference):
+    if volume.reference is not None and scans.is_picture(volume.reference):
         lost.append("A picture does not say how large its pixels are: 1 mm is taken, so no volume or distance is real.")
     return volume, lost
 

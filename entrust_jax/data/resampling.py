@@ -18,7 +18,8 @@ from nibabel.affines import voxel_sizes
 from nibabel.imageglobals import LoggingOutputSuppressor
 
 from entrust_jax.data.body import coordinates
-from entrust_jax.data.preprocess import UNREADABLE, Volume, open_scan
+from entrust_jax.data.preprocess import Volume
+from entrust_jax.data.scans import UNREADABLE, open_scan
 from entrust_jax.errors import UserError
 
 PLANNED = ("median",)  # config.data.spacing that asks for a plan

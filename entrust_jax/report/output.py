@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from nibabel import orientations
 
-from entrust_jax.data.preprocess import open_scan, write_map
+from entrust_jax.data.scans import open_scan, write_map
 from entrust_jax.errors import UserError
 from entrust_jax.report import figures
 from entrust_jax.trustmap import explanation

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import configs.phantom
 from entrust_jax import train
-from entrust_jax.data import dataset, preprocess, resampling
+from entrust_jax.data import dataset, resampling, scans
 from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.data.resampling import Lattice
@@ -194,7 +194,7 @@ def test_a_header_alone_tells_the_lattice_that_reading_gives(tmp_path_factory, p
     affine[:3, :3] = turn @ np.eye(3)[:, permutation] * signs * rng.uniform(0.5, 4, 3)
     path = tmp_path_factory.mktemp("header") / "scan.nii.gz"
     nibabel.Nifti1Image(rng.normal(size=(4, 5, 6)).astype(np.float32), affine).to_filename(path)
-    grid, _ = preprocess.load_scan(path)
+    grid, _ = scans.load_scan(path)
     x, y, z = nibabel.affines.voxel_sizes(grid.affine)
     found = resampling.header_lattice(path)
     assert found is not None and found.sizes == (grid.shape[2], *grid.shape[:2])
