@@ -103,7 +103,7 @@ def header_lattice(path: Path) -> Lattice | None:
             image = open_scan(path)
         order = orientations.io_orientation(image.affine)[:, 0].argsort()
         sizes, spacing = np.array(image.shape[:3])[order], voxel_sizes(image.affine)[order]
-    except (*UNREADABLE, IndexError, np.linalg.LinAlgError):
+    except (UserError, *UNREADABLE, IndexError, np.linalg.LinAlgError):
         return None
     if not (np.all(np.isfinite(spacing)) and np.all(spacing > 0)):
         return None

@@ -79,6 +79,7 @@ def load_scan(path: Path) -> tuple[Grid, np.ndarray]:
     holds NaN.
     """
     try:
+        _check_kind(path)
         held = _held(path)
         with LoggingOutputSuppressor():  # its own lines about a bad header would stand before ours
             image = open_scan(path)
@@ -91,6 +92,8 @@ def load_scan(path: Path) -> tuple[Grid, np.ndarray]:
     except UNREADABLE as error:
         if is_dicom(path):
             raise dicom_mistake(path) from None
+        if (name := _name_by_content(path)) is not None:
+            raise UserError(f"{path}: is a NIfTI file under a wrong name; rename it to {name}") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: unreadable or truncated ({reason}); copy or download the file again") from None
     values, affine = values.reshape(values.shape[:3]), image.affine
@@ -103,6 +106,40 @@ def load_scan(path: Path) -> tuple[Grid, np.ndarray]:
     affine = affine @ orientations.inv_ornt_aff(orientation, values.shape)
     values = orientations.apply_orientation(values, orientation)
     return Grid(path, values.shape, affine), values
+
+
+def _check_kind(path: Path) -> None:
+    """Raises UserError for a folder and for a file of another kind, before anything of it is read.
+
+    Other formats that nibabel knows (MGH, Analyze and NIfTI pairs, bzip2) do not hold their header against the size of
+    the file: a few bytes of one that is damaged would allocate gigabytes.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the scan in it, a .nii.gz file")
+    if path.is_file() and not path.name.lower().endswith((*ENDINGS, *PICTURES)):
+        if is_dicom(path):
+            raise dicom_mistake(path)
+        raise UserError(
+            f"{path}: is no .nii.gz or .nii file by its name, nor a PNG or JPEG; convert it to .nii.gz, as with 3D"
+            " Slicer, SimpleITK or nibabel"
+        )
+
+
+def _name_by_content(path: Path) -> str | None:
+    """The name that a NIfTI file must have to be read, where its content is packed and its name says plain, or the
+
+    other way round.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(352)
+    except OSError:
+        return None
+    packed, ending = start[:2] == b"\x1f\x8b", path.suffix.lower()
+    if packed and ending == ".nii":
+        return f"{path.name}.gz"
+    plain = start[344:347] == b"n+1" or start[4:7] == b"n+2"  # where NIfTI-1 and -2 have their magic words
+    return path.stem if plain and ending == ".gz" else None
 
 
 def _held(path: Path) -> int:
@@ -129,7 +166,7 @@ def _check_header(path: Path, image: Any, held: int) -> None:
     if len(shape) < 3 or math.prod(shape[3:]) > 1:
         mend = "give it a third axis of 1" if len(shape) < 3 else "split it into 3-D files"
         raise UserError(f"{path}: has shape {shape}, expected one 3-D scan; {mend}")
-    if is_proxy(image.dataobj) and ending_of(path.name, ENDINGS):  # pictures are in memory, other formats in two files
+    if is_proxy(image.dataobj):  # pictures are in memory
         promised = image.dataobj.offset + math.prod(shape) * dtype.itemsize
         if promised > held:
             raise UserError(

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
+from PIL import Image
 
 import configs.phantom
 from entrust_jax import train
@@ -207,6 +208,8 @@ def test_a_file_without_a_header_has_no_lattice(tmp_path):
     assert resampling.header_lattice(tmp_path / "b.nii.gz") is None
     nibabel.Nifti1Image(np.ones((4, 5), np.float32), np.eye(4)).to_filename(tmp_path / "c.nii.gz")
     assert resampling.header_lattice(tmp_path / "c.nii.gz") is None
+    Image.new("RGB", (4, 5)).save(tmp_path / "d.png")
+    assert resampling.header_lattice(tmp_path / "d.png") is None
 
 
 def data(folder, spacing) -> ConfigDict:

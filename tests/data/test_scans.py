@@ -1,7 +1,9 @@
 """A scan's file: geometry there and back, and every way in which a file can be none."""
 
+import bz2
 import gzip
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import nibabel
@@ -14,7 +16,7 @@ from PIL import Image
 
 from entrust_jax.data import scans
 from entrust_jax.errors import UserError
-from made_up import head, picture, save
+from made_up import AFFINE, head, picture, save
 
 
 def orientations():
@@ -127,27 +129,92 @@ def sound(tmp_path_factory) -> bytes:
     return save(tmp_path_factory.mktemp("sound") / "sound.nii", head((8, 7, 6))).read_bytes()
 
 
+OTHERS = (".mgz", ".mgh", ".img", ".hdr", ".img.gz", ".hdr.gz", ".nii.bz2", ".nii.zst", ".nrrd", ".npy", "")
+PACKINGS = (bytes, partial(gzip.compress, compresslevel=1), bz2.compress)
+NAMED = st.sampled_from(tuple(zip((".nii", ".nii.gz"), PACKINGS, strict=False)))  # as their content says
+MISNAMED = st.tuples(st.sampled_from((".nii", ".nii.gz", *OTHERS)), st.sampled_from(PACKINGS))
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of nibabel, where a quaternion or a slope is absurd
 @settings(max_examples=2000, deadline=None)
-@given(changes=st.lists(FIELDS, min_size=1, max_size=8), packed=st.booleans(), kept=st.integers(0, 2000) | st.none())
-def test_a_header_of_any_bytes_is_read_or_refused_in_one_line(tmp_path_factory, sound, changes, packed, kept):
-    """And never costs more memory than the file could fill: sizes are checked before anything is allocated."""
+@given(
+    changes=st.lists(FIELDS, min_size=1, max_size=8),
+    kind=NAMED | NAMED | MISNAMED,
+    kept=st.integers(0, 2000) | st.none(),
+)
+def test_a_header_of_any_bytes_is_read_or_refused_in_one_line(tmp_path_factory, sound, changes, kind, kept):
+    """Whatever its name and packing, and never costs more memory than the file could fill: sizes are checked before
+
+    anything is allocated.
+    """
     data = bytearray(sound)
     for place, value in changes:
         data[place] = value
-    path = tmp_path_factory.getbasetemp() / f"fuzzed.nii{'.gz' * packed}"
-    path.write_bytes(gzip.compress(bytes(data[:kept]), 1) if packed else bytes(data[:kept]))
+    ending, packing = kind
+    path = tmp_path_factory.getbasetemp() / f"fuzzed{ending}"
+    path.write_bytes(packing(bytes(data[:kept])))
     tracemalloc.start()
     try:
         grid, values = scans.load_scan(path)
     except UserError as error:
         assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
     else:
+        assert ending in (".nii", ".nii.gz")
         assert values.shape == grid.shape and len(grid.shape) == 3 and np.isfinite(values).all()
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < 10e6
+
+
+def of_another_kind(folder: Path, ending: str) -> Path:
+    """A sound scan in a format whose header nibabel does not hold against the file, which then promises gigabytes."""
+    path, values = folder / f"scan{ending}", head((8, 7, 6))
+    kind = nibabel.MGHImage if ending == ".mgz" else nibabel.Nifti1Image if ending == ".nii.bz2" else nibabel.Nifti1Pair
+    kind(values, AFFINE).to_filename(path)
+    header = path.with_name(path.name.replace(".img", ".hdr"))
+    unpack, pack = {".mgz": (gzip.decompress, gzip.compress), ".img.gz": (gzip.decompress, gzip.compress)}.get(
+        ending, (bz2.decompress, bz2.compress) if ending == ".nii.bz2" else (bytes, bytes)
+    )
+    data = bytearray(unpack(header.read_bytes()))
+    if ending == ".mgz":
+        data[4:16] = np.array([2000, 1000, 200], ">i4").tobytes()
+    else:
+        data[42:48] = np.array([2000, 1000, 200], "<i2").tobytes()
+    header.write_bytes(pack(bytes(data)))
+    return path
+
+
+@pytest.mark.parametrize("ending", [".mgz", ".img", ".img.gz", ".nii.bz2"])
+def test_other_formats_are_told_to_be_converted_before_anything_is_allocated(tmp_path, ending):
+    path = of_another_kind(tmp_path, ending)
+    tracemalloc.start()
+    with pytest.raises(
+        UserError, match=r"is no \.nii\.gz or \.nii file by its name.*; convert it to \.nii\.gz"
+    ) as error:
+        scans.load_scan(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert str(error.value).startswith(f"{path}: ") and peak < 10e6
+
+
+def test_a_folder_is_no_scan(tmp_path):
+    with pytest.raises(UserError, match=r": is a folder; give the scan in it"):
+        scans.load_scan(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+def test_a_file_under_the_name_of_a_packed_one_is_told_its_own(tmp_path, kind):
+    values = head((8, 7, 6))
+    kind(values, AFFINE).to_filename(tmp_path / "plain.nii")
+    kind(values, AFFINE).to_filename(tmp_path / "packed.nii.gz")
+    plain, packed = tmp_path / "A.nii.gz", tmp_path / "B.NII"
+    (tmp_path / "plain.nii").rename(plain)
+    (tmp_path / "packed.nii.gz").rename(packed)
+    for path, name in ((plain, "A.nii"), (packed, "B.NII.gz")):
+        with pytest.raises(UserError, match=f"is a NIfTI file under a wrong name; rename it to {name}$"):
+            scans.load_scan(path)
+        assert scans.load_scan(path.rename(tmp_path / name))[1].shape == (8, 7, 6)
 
 
 def test_values_that_float32_cannot_hold_are_infinite_and_said(tmp_path, recwarn):
@@ -191,9 +258,10 @@ def test_an_upper_case_file_is_checked_like_any_other(tmp_path):
 
 
 def test_a_dicom_file_is_told_what_to_become(tmp_path):
-    (tmp_path / "IM1.nii").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 500)
-    with pytest.raises(UserError, match=r"IM1\.nii: is a DICOM file; convert"):
-        scans.load_scan(tmp_path / "IM1.nii")
+    for name in ("IM1.nii", "IM1.dcm", "IM1"):
+        (tmp_path / name).write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 500)
+        with pytest.raises(UserError, match=rf"{name}: is a DICOM file; convert"):
+            scans.load_scan(tmp_path / name)
 
 
 def test_a_picture_is_read_as_it_is_shown(tmp_path):
