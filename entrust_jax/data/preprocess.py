@@ -15,13 +15,15 @@ from entrust_jax.data.body import body_mask, coordinates
 from entrust_jax.data.cases import JPEG, Case, ending_of
 from entrust_jax.data.intensity import Rule, normalise, rules_of
 from entrust_jax.data.registration import doubts
-from entrust_jax.data.scans import Grid, load_scan, resample, same_grid
+from entrust_jax.data.scans import Grid, apart, load_scan, resample, same_grid
 from entrust_jax.errors import UserError
 
 IGNORED = -1  # the class index of voxels that count neither in training nor in scores
 SAME = 0.9999  # correlation of two scans above which one is a copy of the other
 FLAT = 0.02  # standard deviation after a rule of intensity below which it cannot be the right one
 COVERED = 0.9  # share of the body below which a scan's field of view is worth a word
+ROUNDING = 0.1  # voxels by which an affine may have been rounded on a label's way through other software
+MOST_VALUES = 8  # of a mask that are named
 JPEG_ERROR = 40  # the most by which compression may have changed a mask's value
 
 
@@ -77,26 +79,60 @@ class UnknownLabelError(UserError):
 
 
 def read_image(path: Path, grid: Grid | None) -> tuple[Grid, np.ndarray, np.ndarray] | None:
-    """One modality on a grid (its own when None): (grid, f32 [x, y, z], covered bool [x, y, z]); None for a constant
+    """One modality on a grid (its own when None): (its own grid, f32 [x, y, z], covered bool [x, y, z]); None for a
 
-    image, which says nothing. Raises UserError for an image whose grid does not overlap the given one.
+    constant image, which says nothing. Raises UserError for an image whose grid does not overlap the given one.
     """
     own, values = load_scan(path)
     if values.min() == values.max():
         return None
     if grid is None or same_grid(own, grid):
-        return grid or own, values.astype(np.float32), np.ones(values.shape, bool)
-    return (grid, *resample(values, own, grid, order=1))
+        return own, values.astype(np.float32), np.ones(values.shape, bool)
+    return (own, *resample(values, own, grid, order=1))
 
 
 def read_label(
-    path: Path, grid: Grid, label_map: Iterable[tuple[int, int]], classes: Sequence[str]
+    path: Path, grid: Grid, scans: Sequence[Grid], label_map: Iterable[tuple[float, int]], classes: Sequence[str]
 ) -> tuple[Int32[np.ndarray, "x y z"], list[str]]:
     """The mask's class indices on a grid (-1 where its file does not reach, or says so) and warnings.
 
-    Raises UnknownLabelError for a value that `label_map` lacks, UserError for a mask that misses the grid.
+    scans: the grids of the case's images, on any of which a mask may have been drawn. Raises UnknownLabelError for
+    values that `label_map` lacks, UserError for a mask that is none or that seems to have lost its place: of the grid's
+    shape with another affine, or over less than half of it.
     """
     own, values = load_scan(path)
+    label = classes_of(path, values, tuple(label_map), classes)
+    warnings = [*own.doubts]
+    if not same_grid(own, grid):
+        label, covered = resample(label, own, grid, order=0)
+        label = np.where(covered, label, IGNORED)
+        share, words = covered.mean(), [" x ".join(map(str, one.shape)) for one in (own, grid)]
+        lost = share < 0.5
+        said = f"shape {words[0]}, not {words[1]}"
+        if own.shape == grid.shape:
+            mm, voxels = apart(own, grid)
+            lost |= voxels > ROUNDING
+            said = f"the same shape, but voxels up to {mm:.3g} mm apart by the affines"
+        said += "" if covered.all() else f"; {share:.0%} of it covered"
+        if lost and not any(same_grid(own, scan) for scan in scans):
+            raise UserError(
+                f"{path}: lies on another grid than {grid.path} ({said}), so its place is in doubt; save the label with"
+                " the affine of that scan, or resample it onto that scan"
+            )
+        beyond = "" if covered.all() else ", the rest counts as unlabelled"
+        warnings.append(f"{path}: lies on another grid than {grid.path} ({said}); resampled by nearest voxel{beyond}")
+    return label.astype(np.int32), warnings
+
+
+def classes_of(
+    path: Path, values: np.ndarray, label_map: Sequence[tuple[float, int]], classes: Sequence[str]
+) -> Int32[np.ndarray, "x y z"]:
+    """The class index of every voxel of a mask. Raises UserError for values that are no whole numbers and for a
+
+    `label_map` that cannot be, UnknownLabelError for values that it lacks.
+    """
+    if odd := [value for value, _ in label_map if value != int(value)]:
+        raise UserError(f"config.data.label_map has the value {odd[0]}; masks hold whole numbers, give those")
     table = {int(value): int(index) for value, index in label_map}
     keys = np.array(sorted(table))
     indices = np.array([table[key] for key in keys], np.int32)
@@ -109,21 +145,27 @@ def read_label(
         values = restored(values, keys, path)
     # Masks stored as float, or scaled by the header, are whole numbers up to rounding.
     whole = np.rint(values)
-    unknown = ~np.isin(whole, keys) | (np.abs(values - whole) > 1e-3)
-    if unknown.any():
-        value = values[unknown][0]
-        raise UnknownLabelError(
-            f"{path}: label value {value:g} is not in config.data.label_map (it knows {sorted(table)});"
-            f" add ({value:g}, class index) to config.data.label_map"
+    if (broken := np.abs(values - whole) > 1e-3).any():
+        raise UserError(
+            f"{path}: holds values between whole numbers ({_listed(values[broken])}), so it is no mask of classes; give"
+            " the mask, or round or threshold it"
         )
-    label = indices[np.searchsorted(keys, whole.astype(np.int64))]
-    warnings: list[str] = []
-    if not same_grid(own, grid):
-        label, covered = resample(label, own, grid, order=0)
-        if not covered.all():
-            label = np.where(covered, label, IGNORED)
-            warnings.append(f"{path}: covers only {covered.mean():.0%} of {grid.path}; the rest counts as unlabelled")
-    return label.astype(np.int32), warnings
+    if (unknown := ~np.isin(whole, keys)).any():
+        found = np.unique(whole[unknown])
+        several = len(found) > 1
+        mend = "(value, class index) for each" if several else f"({found[0]:g}, class index)"
+        raise UnknownLabelError(
+            f"{path}: label value{'s' * several} {_listed(found)} {'are' if several else 'is'} not in"
+            f" config.data.label_map (it knows {sorted(table)}); add {mend} to config.data.label_map"
+        )
+    return indices[np.searchsorted(keys, whole.astype(np.int64))]
+
+
+def _listed(values: np.ndarray) -> str:
+    """The different ones among these values, the first few of many."""
+    found = np.unique(values)
+    more = f" and {len(found) - MOST_VALUES} more" if len(found) > MOST_VALUES else ""
+    return ", ".join(f"{value:g}" for value in found[:MOST_VALUES]) + more
 
 
 def restored(values: np.ndarray, keys: Int[np.ndarray, " k"], path: Path) -> np.ndarray:
@@ -159,7 +201,7 @@ def read_volume(
     *,
     modalities: Sequence[str],
     reference: str,
-    label_map: Iterable[tuple[int, int]],
+    label_map: Iterable[tuple[float, int]],
     classes: Sequence[str],
     intensity: Mapping[str, Sequence[Any]] = MappingProxyType({}),
     drop_copies: bool = False,
@@ -176,14 +218,18 @@ def read_volume(
         raise UserError(f"{case.name}: none of {', '.join(modalities)} is there; give at least one modality")
     warnings: list[str] = []
     grid: Grid | None = None
+    own: list[Grid] = []
     scans: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for name in sorted(names, key=lambda name: name != reference):
         read = read_image(case.images[name], grid)
         if read is None:
             warnings.append(f"{case.images[name]}: every voxel has the same value; counts as missing")
         else:
-            grid, values, covered = read
+            scan, values, covered = read
+            own.append(scan)
+            grid = grid or scan
             scans[name] = values, covered
+            warnings += scan.doubts
     if grid is None:
         raise UserError(
             f"{case.images[names[0]]}: every voxel has the same value, and no other scan of case {case.name} says more;"
@@ -197,8 +243,8 @@ def read_volume(
     label = raters = None
     if case.label is not None:
         label_map = tuple(label_map)
-        drawn = [read_label(path, grid, label_map, classes) for path in (case.label, *case.raters)]
-        labels = np.ascontiguousarray(np.moveaxis(np.stack([own for own, _ in drawn]), 3, 1))
+        drawn = [read_label(path, grid, own, label_map, classes) for path in (case.label, *case.raters)]
+        labels = np.ascontiguousarray(np.moveaxis(np.stack([mask for mask, _ in drawn]), 3, 1))
         warnings += [line for _, about in drawn for line in about]
         if not (labels > 0).any():
             warnings.append(f"{case.label}: empty label (background only); kept as a case without a lesion")
@@ -266,7 +312,7 @@ def read_volumes(
     *,
     modalities: Sequence[str],
     reference: str,
-    label_map: Iterable[tuple[int, int]],
+    label_map: Iterable[tuple[float, int]],
     classes: Sequence[str],
     intensity: Mapping[str, Sequence[Any]] = MappingProxyType({}),
     drop_copies: bool = False,

@@ -19,7 +19,7 @@ from nibabel.imageglobals import LoggingOutputSuppressor
 
 from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
-from entrust_jax.data.scans import UNREADABLE, open_scan
+from entrust_jax.data.scans import UNREADABLE, in_mm, open_scan
 from entrust_jax.errors import UserError
 
 PLANNED = ("median",)  # config.data.spacing that asks for a plan
@@ -102,7 +102,7 @@ def header_lattice(path: Path) -> Lattice | None:
         with LoggingOutputSuppressor():
             image = open_scan(path)
         order = orientations.io_orientation(image.affine)[:, 0].argsort()
-        sizes, spacing = np.array(image.shape[:3])[order], voxel_sizes(image.affine)[order]
+        sizes, spacing = np.array(image.shape[:3])[order], voxel_sizes(in_mm(image))[order]
     except (UserError, *UNREADABLE, IndexError, np.linalg.LinAlgError):
         return None
     if not (np.all(np.isfinite(spacing)) and np.all(spacing > 0)):

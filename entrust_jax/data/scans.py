@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import itertools
 import math
 import os
 import zlib
@@ -12,6 +13,7 @@ import nibabel
 import numpy as np
 from jaxtyping import Bool, Float
 from nibabel import orientations
+from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.arrayproxy import is_proxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.imageglobals import LoggingOutputSuppressor
@@ -22,6 +24,8 @@ from scipy import ndimage
 from entrust_jax.data.cases import ENDINGS, PICTURES, dicom_mistake, ending_of, is_dicom
 from entrust_jax.errors import UserError
 
+UNITS = {1: ("metres", 1e3), 3: ("microns", 1e-3)}  # NIfTI's codes of what is not mm, in words and in mm
+PLAUSIBLE = (0.05, 50.0)  # mm: voxels below and above are no patient's
 GREY = ("1", "L", "I;16", "I;16B", "I;16L", "I", "F")  # Pillow's names for pictures with one number a pixel
 # What a damaged or foreign file raises somewhere inside nibabel, Pillow, gzip or numpy.
 UNREADABLE = (
@@ -39,11 +43,15 @@ UNREADABLE = (
 
 
 class Grid(NamedTuple):
-    """Where voxels lie: the shape [x, y, z] and the affine from voxel indices to mm, both canonical (RAS)."""
+    """Where voxels lie: the shape [x, y, z] and the affine from voxel indices to mm, both canonical (RAS).
+
+    doubts: one line each; what the file's header leaves open or contradicts (`doubts_of`).
+    """
 
     path: Path
     shape: tuple[int, ...]
     affine: Float[np.ndarray, "4 4"]
+    doubts: tuple[str, ...] = ()
 
 
 def is_picture(path: Path) -> bool:
@@ -96,7 +104,7 @@ def load_scan(path: Path) -> tuple[Grid, np.ndarray]:
             raise UserError(f"{path}: is a NIfTI file under a wrong name; rename it to {name}") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: unreadable or truncated ({reason}); copy or download the file again") from None
-    values, affine = values.reshape(values.shape[:3]), image.affine
+    values, affine = values.reshape(values.shape[:3]), in_mm(image)
     orientation = _orientation(path, affine)
     if values.dtype.kind == "f":
         with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and said below
@@ -105,7 +113,55 @@ def load_scan(path: Path) -> tuple[Grid, np.ndarray]:
             raise UserError(f"{path}: contains NaN or infinite values; replace them or export the scan again")
     affine = affine @ orientations.inv_ornt_aff(orientation, values.shape)
     values = orientations.apply_orientation(values, orientation)
-    return Grid(path, values.shape, affine), values
+    return Grid(path, values.shape, affine, tuple(f"{path}: {line}" for line in doubts_of(image))), values
+
+
+def unit_of(image: Any) -> tuple[str, float]:
+    """The unit of length in a scan's header, in words and in mm. What says nothing is in mm, as elsewhere."""
+    return UNITS.get(int(image.header["xyzt_units"]) & 7, ("mm", 1.0))
+
+
+def in_mm(image: Any) -> Float[np.ndarray, "4 4"]:
+    """The affine from a scan's voxel indices to mm, by the unit in its header; for a file's axes as they are stored."""
+    affine = np.array(image.affine, float)
+    affine[:3] *= unit_of(image)[1]
+    return affine
+
+
+def doubts_of(image: Any) -> list[str]:
+    """What a scan's header leaves open or contradicts of where its voxels lie, one clause each.
+
+    image: of a usable affine (`load_scan` refuses others).
+    """
+    said = []
+    size = voxel_sizes(in_mm(image))
+    words = " x ".join(f"{mm:.3g}" for mm in size)
+    unit, mm = unit_of(image)
+    if mm != 1.0:
+        said.append(f"its header is in {unit}: voxels of {words} mm are taken")
+    if size.min() < PLAUSIBLE[0] or size.max() > PLAUSIBLE[1]:
+        said.append(
+            f"has voxels of {words} mm, which no scan of a patient has; mend the spacing or the unit in its header"
+        )
+    codes = int(image.header["sform_code"]), int(image.header["qform_code"])
+    if codes == (0, 0):
+        said.append(
+            "does not say how it is oriented (sform_code and qform_code are 0): its axes are taken to run to the"
+            " patient's left, front and head; see whether they do"
+        )
+    elif all(codes):
+        try:
+            other = image.header.get_qform()
+        except (HeaderDataError, ValueError, np.linalg.LinAlgError):
+            return [*said, "its qform is no rotation; its sform is used"]
+        shape = tuple(image.shape[:3])
+        distance, voxels = apart(Grid(Path(), shape, other), Grid(Path(), shape, image.affine))
+        if not voxels <= 1:
+            said.append(
+                f"its qform and its sform place voxels up to {distance * mm:.3g} mm apart; the sform is used, see"
+                " whether it is right"
+            )
+    return said
 
 
 def _check_kind(path: Path) -> None:
@@ -175,9 +231,15 @@ def _check_header(path: Path, image: Any, held: int) -> None:
             )
 
 
-def _orientation(path: Path, affine: Any) -> np.ndarray:
-    """Which axis of a scan runs along which of the patient's. Raises UserError for an affine that does not say."""
-    usable = affine is not None and np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) >= 1e-9
+def _orientation(path: Path, affine: Float[np.ndarray, "4 4"]) -> np.ndarray:
+    """Which axis of a scan runs along which of the patient's. Raises UserError for an affine (in mm) that does not say,
+
+    and for voxels of a size that arithmetic cannot hold.
+    """
+    with np.errstate(all="ignore"):
+        size = voxel_sizes(affine)
+        usable = bool(np.isfinite(affine).all() and np.all((size > 1e-6) & (size < 1e6)))
+        usable = usable and abs(np.linalg.det(affine[:3, :3] / size)) > 1e-9
     orientation = orientations.io_orientation(affine) if usable else np.full((3, 2), np.nan)
     if np.isnan(orientation).any():  # two axes run the same way, as far as floats can tell
         raise UserError(
@@ -199,6 +261,14 @@ def same_grid(a: Grid, b: Grid) -> bool:
             " of a case must have one size"
         )
     return a.shape == b.shape and np.allclose(a.affine, b.affine, rtol=0, atol=1e-3)
+
+
+def apart(a: Grid, b: Grid) -> tuple[float, float]:
+    """How far the voxels of one number lie from each other on two grids of one shape, at most: (mm, voxels of b)."""
+    corners = np.array(list(itertools.product(*((0, size - 1) for size in a.shape))))
+    here, there = (apply_affine(grid.affine, corners) for grid in (a, b))
+    voxels = apply_affine(np.linalg.inv(b.affine), here) - corners
+    return float(np.linalg.norm(here - there, axis=1).max()), float(np.abs(voxels).max())
 
 
 def resample(
@@ -256,18 +326,15 @@ def write_map(path: Path, array: np.ndarray, reference: Path, dtype: Any, *, cha
     if values.shape[:3] != scan.shape[:3]:
         raise ValueError(f"the map has shape {values.shape[:3]}, {reference} has {scan.shape[:3]}")
     values = np.ascontiguousarray(values, dtype=np.dtype(dtype))
-    if isinstance(scan, nibabel.Nifti1Image):
-        header: Any = scan.header.copy()
-        header.extensions.clear()
-        header.set_data_shape(values.shape)
-        header.set_data_dtype(values.dtype)
-        header.set_slope_inter(1, 0)
-        header.set_intent("none")
-        header["cal_min"] = header["cal_max"] = 0
-        header["descrip"] = b""
-        output = type(scan)(values, scan.affine, header)
-    else:
-        output = nibabel.Nifti1Image(values, scan.affine)
+    header: Any = scan.header.copy()
+    header.extensions.clear()
+    header.set_data_shape(values.shape)
+    header.set_data_dtype(values.dtype)
+    header.set_slope_inter(1, 0)
+    header.set_intent("none")
+    header["cal_min"] = header["cal_max"] = 0
+    header["descrip"] = b""
+    output = type(scan)(values, scan.affine, header)
     path = Path(path)
     beside = path.with_name(f".{os.getpid()}.{path.name}")
     try:

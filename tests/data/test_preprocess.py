@@ -78,7 +78,11 @@ def test_smaller_field_of_view_is_neither_body_nor_measured(tmp_path):
     # The label's own grid is smaller: what it does not reach is unlabelled, and that is said.
     part = read(make_case(tmp_path, label=np.ones((8, 14, 6), np.uint8)))
     assert part.label is not None and (part.label[:, :8] == 1).all() and (part.label[:, 8:] == -1).all()
-    assert "label.nii.gz: covers only 50% of" in part.warnings[0]
+    assert "label.nii.gz: lies on another grid than" in part.warnings[0]
+    assert (
+        "(shape 8 x 14 x 6, not 16 x 14 x 6; 50% of it covered); resampled by nearest voxel, the rest"
+        in part.warnings[0]
+    )
 
 
 def test_float_label_and_label_map(tmp_path):
@@ -88,6 +92,76 @@ def test_float_label_and_label_map(tmp_path):
     assert volume.label is not None and volume.label[3, 8, 8] == 2
     with pytest.raises(UserError, match=r"config\.data\.label_map has classes 0 to 5"):
         read(make_case(tmp_path), label_map=((0, 0), (1, 1), (4, 5)))
+
+
+def test_a_value_of_the_map_that_no_class_can_have_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"config\.data\.label_map has the value 0\.6; masks hold whole numbers"):
+        read(make_case(tmp_path), label_map=((0, 0), (0.6, 1)))
+
+
+def shifted(*mm: float) -> np.ndarray:
+    affine = AFFINE.copy()
+    affine[:3, 3] += mm
+    return affine
+
+
+MIRRORED = np.array([[-2.0, 0, 0, 32], [0, 3, 0, 0], [0, 0, 4, 0], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("affine", "said"),
+    [
+        (np.eye(4), r"up to 33\.6 mm apart by the affines; 6% of it covered\)"),
+        (MIRRORED, r"up to 2 mm apart by the affines; 94% of it covered\)"),
+        (shifted(0.0, 0.0, 2.0), r"up to 2 mm apart by the affines\)"),
+        (shifted(0.25, 0.0, 0.0), r"up to 0\.25 mm apart by the affines\)"),
+    ],
+)
+def test_a_label_that_lost_its_affine_is_an_error_that_names_both_files(tmp_path, affine, said):
+    case = make_case(tmp_path)
+    save(case.label, np.asanyarray(nibabel.load(case.label).dataobj), affine)
+    with pytest.raises(UserError, match=said) as error:
+        read(case)
+    assert f"{tmp_path}/label.nii.gz: lies on another grid than {tmp_path}/FLAIR.nii.gz (the same" in str(error.value)
+    assert "save the label with the affine of that scan" in str(error.value) and "\n" not in str(error.value)
+    good = tmp_path / "good"
+    good.mkdir()
+    volumes, problems = preprocess.read_volumes([case, make_case(good)], **OPTIONS)
+    assert len(volumes) == 1 and "label.nii.gz: lies on another grid" in problems[0] and "is left out" in problems[0]
+
+
+def test_a_label_that_covers_little_is_an_error_that_names_both_files(tmp_path):
+    with pytest.raises(
+        UserError, match=r"label\.nii\.gz: lies on another grid than .*FLAIR\.nii\.gz \(shape 5 x 14 x 6"
+    ):
+        read(make_case(tmp_path, label=np.ones((5, 14, 6), np.uint8)))
+
+
+def test_a_label_on_another_grid_is_told_and_one_that_was_drawn_on_a_scan_stays(tmp_path):
+    label = np.zeros((8, 7, 6), np.uint8)
+    label[3:5, 3:5, 2:4] = 1
+    case = make_case(tmp_path, label=label)
+    coarse = np.diag([4.0, 6.0, 4.0, 1.0])
+    coarse[:3, 3] = (1.0, 1.5, 0.0)
+    save(case.label, label, coarse)
+    volume = read(case)
+    (line,) = volume.warnings
+    assert line == (
+        f"{case.label}: lies on another grid than {case.images['FLAIR']} (shape 8 x 7 x 6, not 16 x 14 x 6); resampled"
+        " by nearest voxel"
+    )
+    assert (volume.label == 1).sum() == 32
+    rounded = make_case(tmp_path)
+    save(rounded.label, np.asanyarray(nibabel.load(rounded.label).dataobj), shifted(0.01, 0.0, 0.0))
+    (line,) = read(rounded).warnings
+    assert "up to 0.01 mm apart by the affines); resampled by nearest voxel" in line
+    # Of another scan's grid, whatever its place: it was drawn there.
+    moved = shifted(0.0, 9.0, 0.0)
+    on_t1 = make_case(tmp_path)
+    for path in (on_t1.images["T1"], on_t1.label):
+        save(path, np.asanyarray(nibabel.load(path).dataobj), moved)
+    lines = read(on_t1).warnings
+    assert any("label.nii.gz: lies on another grid than" in line and "up to 9 mm" in line for line in lines)
 
 
 def test_voxels_of_an_ignored_value_count_as_unlabelled(tmp_path):
@@ -130,7 +204,21 @@ FAR = np.array([[2.0, 0, 0, 5000], [0, 3, 0, 0], [0, 0, 4, 0], [0, 0, 0, 1]])
             "label.nii.gz",
             r"label value 3 .*config\.data\.label_map.*add \(3",
         ),
-        ({"label": np.full((16, 14, 6), 0.5)}, "label.nii.gz", r"label value 0\.5"),
+        (
+            {"label": np.where(np.arange(6) < 3, 0.6, 0.25) * np.ones((16, 14, 6))},
+            "label.nii.gz",
+            r"values between whole numbers \(0\.25, 0\.6\), so it is no mask of classes; give the mask",
+        ),
+        (
+            {"label": np.arange(16)[:, None, None] // 3 * np.ones((16, 14, 6))},
+            "label.nii.gz",
+            r"label values 2, 3, 5 are not in config\.data\.label_map \(it knows \[0, 1, 4\]\); add",
+        ),
+        (
+            {"label": np.arange(16 * 14 * 6).reshape(16, 14, 6)},
+            "label.nii.gz",
+            "values 2, 3, 5, 6, .*, 10 and 1333 more are",
+        ),
     ],
 )
 def test_bad_content_names_the_file(tmp_path, what, file, message):
@@ -138,6 +226,35 @@ def test_bad_content_names_the_file(tmp_path, what, file, message):
     with pytest.raises(UserError, match=message) as error:
         read(make_case(tmp_path, **what))
     assert str(tmp_path / file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_a_header_leaves_open_is_told_of_scans_and_labels(tmp_path):
+    case = make_case(tmp_path)
+    for path in (*case.images.values(), case.label):
+        scan = nibabel.load(path)
+        scan.set_sform(None, code=0)
+        scan.set_qform(None, code=0)
+        scan.to_filename(path)
+    lines = read(case).warnings
+    assert len(lines) == 3
+    for path, line in zip((case.images["FLAIR"], case.images["T1"], case.label), lines, strict=True):
+        assert line.startswith(f"{path}: does not say how it is oriented (sform_code and qform_code are 0)")
+
+
+def test_a_header_in_metres_gives_the_case_that_millimetres_give(tmp_path):
+    plain, metres = tmp_path / "plain", tmp_path / "metres"
+    plain.mkdir()
+    metres.mkdir()
+    expected, case = read(make_case(plain)), make_case(metres)
+    for path in (case.images["T1"], case.label):
+        scan = nibabel.load(path)
+        scan = nibabel.Nifti1Image(np.asanyarray(scan.dataobj), np.diag([1e-3, 1e-3, 1e-3, 1.0]) @ scan.affine)
+        scan.header.set_xyzt_units("meter")
+        scan.to_filename(path)
+    volume = read(case)
+    np.testing.assert_allclose(volume.image, expected.image, atol=1e-4)
+    np.testing.assert_array_equal(volume.label, expected.label)
+    assert [line for line in volume.warnings if "T1.nii.gz: its header is in metres: voxels of 2 x 3 x 4 mm" in line]
 
 
 @pytest.mark.parametrize(("name", "other"), [("t1", "FLAIR"), ("flair", "T1")])
@@ -487,7 +604,7 @@ def test_masks_from_jpeg_are_restored_and_those_in_doubt_refused(tmp_path):
     assert len(np.unique(stored)) > 2  # the compression did change it
     assert (read(case, **PICTURE).label > 0).sum() == 16
     grey = layouts.Case("c", "c", 1, {"CT": scan}, mask(tmp_path / "grey.jpg", value=128))
-    with pytest.raises(UserError, match=r"grey\.jpg: label value 1\d\d is not in config\.data\.label_map"):
+    with pytest.raises(UserError, match=r"grey\.jpg: label values 1.* are not in config\.data\.label_map"):
         read(grey, **PICTURE)
     with pytest.raises(UserError, match=r"label\.jpg: JPEG changes .* store masks as PNG or NIfTI"):
         read(case, **PICTURE | {"label_map": ((0, 0), (1, 1))})

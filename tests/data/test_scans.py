@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from entrust_jax.data import scans
+from entrust_jax.data import resampling, scans
 from entrust_jax.errors import UserError
 from made_up import AFFINE, head, picture, save
 
@@ -288,3 +288,76 @@ def test_pictures_that_are_none(tmp_path):
             scans.load_scan(tmp_path / name)
     with pytest.raises(UserError, match=r"gone\.png: no such file"):
         scans.load_scan(tmp_path / "gone.png")
+
+
+def with_header(path: Path, affine: np.ndarray, unit: str = "mm", **forms) -> Path:
+    """A scan with this affine, or with an sform and a qform (affine, code)."""
+    scan = nibabel.Nifti1Image(head(), affine)
+    for name, (form, code) in forms.items():
+        getattr(scan, f"set_{name}")(form, code=code)
+    scan.header.set_xyzt_units(unit)
+    scan.to_filename(path)
+    return path
+
+
+@pytest.mark.parametrize(("unit", "factor", "words"), [("meter", 1e-3, "metres"), ("micron", 1e3, "microns")])
+def test_a_header_in_another_unit_is_read_in_mm_and_told(tmp_path, unit, factor, words):
+    affine = np.diag([-0.8, 2.0, 5.0, 1.0])
+    affine[:3, 3] = (60.0, -70.0, 80.0)
+    expected, values = scans.load_scan(with_header(tmp_path / "mm.nii.gz", affine))
+    path = with_header(tmp_path / f"{unit}.nii.gz", np.diag([factor] * 3 + [1.0]) @ affine, unit)
+    grid, same = scans.load_scan(path)
+    np.testing.assert_array_equal(values, same)
+    np.testing.assert_allclose(grid.affine, expected.affine, rtol=1e-6)
+    assert expected.doubts == ()
+    assert grid.doubts == (f"{path}: its header is in {words}: voxels of 0.8 x 2 x 5 mm are taken",)
+    found = resampling.header_lattice(path)
+    assert found is not None
+    np.testing.assert_allclose(found.spacing, (5.0, 0.8, 2.0), rtol=1e-6)
+    # A map is written in the scan's own geometry, unit included.
+    scans.write_map(tmp_path / "map.nii.gz", np.moveaxis(same, 2, 0), path, np.float32)
+    written, scan = nibabel.load(tmp_path / "map.nii.gz"), nibabel.load(path)
+    np.testing.assert_array_equal(written.affine, scan.affine)
+    assert written.header.get_xyzt_units() == scan.header.get_xyzt_units()
+    np.testing.assert_array_equal(np.asanyarray(written.dataobj), np.asanyarray(scan.dataobj))
+
+
+@pytest.mark.parametrize(
+    ("affine", "words"),
+    [(np.diag([0.002, 0.002, 0.005, 1.0]), "0.002 x 0.002 x 0.005"), (np.diag([1.0, 1.0, 900.0, 1.0]), "1 x 1 x 900")],
+)
+def test_voxels_that_no_patient_has_are_told(tmp_path, affine, words):
+    path = with_header(tmp_path / "a.nii.gz", affine)
+    assert scans.load_scan(path)[0].doubts == (
+        f"{path}: has voxels of {words} mm, which no scan of a patient has; mend the spacing or the unit in its header",
+    )
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_voxels_that_arithmetic_cannot_hold_are_refused(tmp_path, size):
+    with pytest.raises(UserError, match="affine is singular or not finite"):
+        scans.load_scan(with_header(tmp_path / "a.nii.gz", np.diag([size, size, size, 1.0])))
+
+
+def test_a_file_that_does_not_say_how_it_is_oriented_is_named(tmp_path):
+    path = with_header(tmp_path / "a.nii.gz", np.diag([-2.0, 3.0, 4.0, 1.0]), sform=(None, 0), qform=(None, 0))
+    grid, _ = scans.load_scan(path)
+    (line,) = grid.doubts
+    assert line.startswith(f"{path}: does not say how it is oriented (sform_code and qform_code are 0)")
+    # What it says is what is done: the first axis runs to the left, the others to the front and to the head.
+    assert nibabel.aff2axcodes(nibabel.load(path).affine) == ("L", "A", "S")
+
+
+def test_two_affines_of_one_file_that_disagree_are_told_with_the_distance(tmp_path):
+    sform, qform = np.diag([2.0, 2.0, 5.0, 1.0]), np.diag([2.0, 2.0, 5.0, 1.0])
+    qform[:3, 3] = (0.0, 30.0, 40.0)
+    path = with_header(tmp_path / "a.nii.gz", sform, sform=(sform, 1), qform=(qform, 1))
+    grid, _ = scans.load_scan(path)
+    (line,) = grid.doubts
+    assert line.startswith(f"{path}: its qform and its sform place voxels up to 50 mm apart; the sform is used")
+    np.testing.assert_array_equal(grid.affine, sform)
+    for near in ((0.0, 0.0, 0.0), (0.0, 1.9, 0.0)):  # less than a voxel
+        qform[:3, 3] = near
+        assert scans.load_scan(with_header(path, sform, sform=(sform, 1), qform=(qform, 1)))[0].doubts == ()
+    qform[:3, 3] = (0.0, 30.0, 0.0)  # not in use
+    assert scans.load_scan(with_header(path, sform, sform=(sform, 1), qform=(qform, 0)))[0].doubts == ()
