@@ -185,8 +185,8 @@ def score_all(
         case = {name: own[i] for name, own in volumes.items()}
         for name, trained in methods.items():
             multiple = networks.multiple(trained.config)
-            own = resampling.Lattice(case[name].body.shape, case[name].spacing)
-            slices, *sides = resampling.working(own, trained.spacing).sizes
+            own, scan = resampling.lattice_of(case[name]), case[name].reference or case[name].name
+            slices, *sides = resampling.working(own, trained.spacing, scan).sizes
             chunk = inference.chunk_size(slices, trained.mesh)
             size = (name, (chunk, *(-(-side // multiple) for side in sides)))
             if not networks.volumetric(trained.config) and size not in met:

@@ -120,7 +120,7 @@ def lattices():
 @given(lattices(), st.tuples(*[st.sampled_from([0.0, 0.5, 0.9, 1.3, 2.5, 4.0])] * 3))
 def test_a_working_grid_lies_on_the_scan(own, spacing):
     """A map that is linear in the scan's world is the same map on the working grid, at the places of its affine."""
-    target = resampling.working(own, spacing)
+    target = resampling.working(own, spacing, "scan.nii.gz")
     for size, step, new_size, new_step, wanted in zip(*own, *target, spacing, strict=True):
         assert new_step == (wanted or step) or abs(wanted / step - 1) < 1e-3
         assert abs(new_size * new_step - size * step) <= 0.5 * new_step + 1e-9 or new_size == 1
@@ -138,7 +138,9 @@ def test_a_working_grid_lies_on_the_scan(own, spacing):
 @settings(max_examples=60, deadline=None)
 @given(lattices(), st.tuples(*[st.floats(0.3, 0.99)] * 3), st.integers(0, 9))
 def test_classes_come_back_from_any_finer_grid_as_they_were(own, shares, seed):
-    finer = resampling.working(own, [step * share for step, share in zip(own.spacing, shares, strict=True)])
+    finer = resampling.working(
+        own, [step * share for step, share in zip(own.spacing, shares, strict=True)], "scan.nii.gz"
+    )
     label = np.random.default_rng(seed).integers(-1, 4, (2, *own.sizes)).astype(np.int32)
     there = resampling.moved(label, own, finer, first=1)
     assert there.dtype == np.int32 and there.shape == (2, *finer.sizes)
@@ -234,9 +236,12 @@ def write_case(folder: Path, name: str, zooms: tuple[float, float, float], label
 
 def test_a_spacing_far_finer_than_a_scan_is_a_slip_of_the_pen():
     own = resampling.Lattice((4, 40, 40), (5.0, 1.0, 1.0))
-    assert resampling.working(own, (0.0, 0.5, 0.5)).sizes == (4, 80, 80)
-    with pytest.raises(UserError, match=r"asks for 0\.01 mm where a scan has 1 mm"):
-        resampling.working(own, (0.0, 0.01, 1.0))
+    assert resampling.working(own, (0.0, 0.5, 0.5), "scan.nii.gz").sizes == (4, 80, 80)
+    with pytest.raises(UserError, match=r"^scan\.nii\.gz: has 1 mm where config\.data\.spacing asks for 0\.01 mm"):
+        resampling.working(own, (0.0, 0.01, 1.0), "scan.nii.gz")
+    coarse = dataclasses.replace(volume(spacing=(5.0, 20.0, 20.0)), reference=Path("odd.nii.gz"))
+    with pytest.raises(UserError, match=r"^odd\.nii\.gz: has 20 mm where config\.data\.spacing asks for 1 mm"):
+        resampling.at_spacing(coarse, (0.0, 1.0, 1.0))
 
 
 def test_a_plan_is_made_of_the_training_cases_once_and_kept(tmp_path):
