@@ -22,7 +22,7 @@ from absl import flags
 
 from entrust_jax import api, cli, inference, networks
 from entrust_jax.baselines import location as baseline
-from entrust_jax.data import preprocess, resampling
+from entrust_jax.data import preprocess, resampling, scans
 from entrust_jax.errors import UserError
 from entrust_jax.metrics import calibration, comparison, conflict, lesions, scoring, summary, usefulness
 from entrust_jax.report import curves
@@ -145,7 +145,7 @@ def read_volumes(
         for problem in problems:
             print(f"{name}: {problem}")
         volumes[name] = sorted(found, key=lambda volume: volume.name)
-        if any(preprocess.is_picture(volume.reference) for volume in found if volume.reference):
+        if any(scans.is_picture(volume.reference) for volume in found if volume.reference):
             warnings[name].append("pictures do not say how large a pixel is: 1 mm is taken, so no mm or ml is real")
             print(f"{name}: {warnings[name][-1]}")
         unlabelled = [volume.name for volume in volumes[name] if volume.label is None]
@@ -185,8 +185,8 @@ def score_all(
         case = {name: own[i] for name, own in volumes.items()}
         for name, trained in methods.items():
             multiple = networks.multiple(trained.config)
-            own = resampling.Lattice(case[name].body.shape, case[name].spacing)
-            slices, *sides = resampling.working(own, trained.spacing).sizes
+            own, scan = resampling.lattice_of(case[name]), case[name].reference or case[name].name
+            slices, *sides = resampling.working(own, trained.spacing, scan).sizes
             chunk = inference.chunk_size(slices, trained.mesh)
             size = (name, (chunk, *(-(-side // multiple) for side in sides)))
             if not networks.volumetric(trained.config) and size not in met:

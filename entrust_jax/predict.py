@@ -22,6 +22,7 @@ from typing import Any
 from absl import flags
 
 from entrust_jax import cli
+from entrust_jax.data.cases import refuse_dicom
 from entrust_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -80,14 +81,14 @@ def main(argv: Sequence[str]) -> None:
 
 def read(config: Any, case: Any) -> tuple[Any, list[str]]:
     """The scans of a case, and a sentence for whatever is lost with those that are missing."""
-    from entrust_jax.data import dataset, preprocess
+    from entrust_jax.data import dataset, preprocess, scans
 
     data = config.data
     modalities = tuple(data.modalities)
     volume = preprocess.read_volume(case, **dataset.reading(data))
     present = [name for name, there in zip(modalities, volume.present, strict=True) if there]
     lost = losses(present, modalities, data.reference)
-    if volume.reference is not None and preprocess.is_picture(volume.reference):
+    if volume.reference is not None and scans.is_picture(volume.reference):
         lost.append("A picture does not say how large its pixels are: 1 mm is taken, so no volume or distance is real.")
     return volume, lost
 
@@ -200,8 +201,8 @@ def parse_folders(arguments: Sequence[str], case: str | None, cases: str | None)
 def parse_files(arguments: Sequence[str], case: str | None) -> dict[str, Path]:
     """The MODALITY=FILE arguments; none with --case. That the model knows them is checked later.
 
-    Raises UserError for an argument of another form, a modality given twice, a missing file, no scan at all,
-    and both forms at once.
+    Raises UserError for an argument of another form, a modality given twice, a missing file, a folder, one file for two
+    modalities, no scan at all, and both forms at once.
     """
     if case is not None:
         if arguments:
@@ -218,9 +219,15 @@ def parse_files(arguments: Sequence[str], case: str | None) -> dict[str, Path]:
             raise UserError(f"{argument}: is not of the form MODALITY=FILE, such as FLAIR=flair.nii.gz")
         if any(name.lower() == known.lower() for known in files):
             raise UserError(f"{argument}: {name} is given twice; keep one of the files")
-        if not Path(file).is_file():
+        path = Path(file)
+        if path.is_dir():
+            refuse_dicom(path)
+            raise UserError(f"{file}: is a folder; give the {name} scan itself, a .nii.gz file, or --case=FOLDER")
+        if not path.is_file():
             raise UserError(f"{file}: no such file; give the path of the {name} scan")
-        files[name] = Path(file)
+        if same := next((known for known, other in files.items() if other.samefile(path)), None):
+            raise UserError(f"{file}: is given for {same} and for {name}; give each its own file")
+        files[name] = path
     return files
 
 

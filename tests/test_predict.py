@@ -1,6 +1,7 @@
 """The command line of predict: what it takes and refuses, and a run from files to folder."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -37,8 +38,34 @@ def scan(tmp_path) -> Path:
     return path
 
 
-def test_files_by_name(scan):
-    assert predict.parse_files([f"T1={scan}", f"flair={scan}"], None) == {"T1": scan, "flair": scan}
+@pytest.fixture
+def second(scan) -> Path:
+    """Another file of the same patient."""
+    return Path(shutil.copy(scan, scan.with_name("second.nii.gz")))
+
+
+def test_files_by_name(scan, second):
+    assert predict.parse_files([f"T1={scan}", f"flair={second}"], None) == {"T1": scan, "flair": second}
+
+
+def test_one_file_is_no_two_modalities(tmp_path, scan, second):
+    (tmp_path / "link.nii.gz").symlink_to(scan)
+    for same in (scan, tmp_path / "link.nii.gz", tmp_path / ".." / tmp_path.name / scan.name):
+        with pytest.raises(UserError) as raised:
+            predict.parse_files([f"T1={scan}", f"FLAIR={second}", f"T2={same}"], None)
+        assert str(raised.value) == f"{same}: is given for T1 and for T2; give each its own file"
+
+
+def test_a_folder_is_no_scan(tmp_path, scan):
+    with pytest.raises(UserError) as raised:
+        predict.parse_files([f"T1={tmp_path}"], None)
+    said = f"{tmp_path}: is a folder; give the T1 scan itself, a .nii.gz file, or --case=FOLDER"
+    assert str(raised.value) == said
+    series = tmp_path / "series"
+    series.mkdir()
+    (series / "IM1").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 500)
+    with pytest.raises(UserError, match=r"is a DICOM file; convert the series to NIfTI first: dcm2niix"):
+        predict.parse_files([f"T1={series}"], None)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +240,7 @@ def compared(*unlike, note=""):
     return found
 
 
-def test_a_scan_unlike_training_is_told_before_anything_else(tmp_path, scan, trained, capsys, monkeypatch):
+def test_a_scan_unlike_training_is_told_before_anything_else(tmp_path, scan, second, trained, capsys, monkeypatch):
     api = sys.modules["entrust_jax.api"]
     predict_volume = api.predict_volume
 
@@ -223,7 +250,7 @@ def test_a_scan_unlike_training_is_told_before_anything_else(tmp_path, scan, tra
 
     monkeypatch.setattr(api, "compare_volume", lambda trained, volume: compared("T1"))
     monkeypatch.setattr(api, "predict_volume", watched)
-    out = run(tmp_path, f"T1={scan}", f"FLAIR={scan}")
+    out = run(tmp_path, f"T1={scan}", f"FLAIR={second}")
     found = json.loads((out / "report.json").read_text())
     line = found["warnings"][0]
     assert "T1 does not look like the T1 scans of training" in line and "farthest of 17 reference patients" in line
@@ -235,7 +262,7 @@ def test_a_scan_unlike_training_is_told_before_anything_else(tmp_path, scan, tra
     capsys.readouterr()
     for note, words in (("", "present T1, FLAIR"), ("it is old", "Not compared with the scans of training: it is old")):
         monkeypatch.setattr(api, "compare_volume", lambda trained, volume, note=note: compared(note=note))
-        out = run(tmp_path, f"T1={scan}", f"FLAIR={scan}")
+        out = run(tmp_path, f"T1={scan}", f"FLAIR={second}")
         printed = capsys.readouterr().out
         assert words in printed and "warning" not in printed
         assert json.loads((out / "report.json").read_text())["compared_with_training"]["unlike"] == []
@@ -271,9 +298,9 @@ def test_wrong_folders_of_cases_are_one_line(tmp_path, arguments, case, cases, m
     assert "\n" not in str(raised.value)
 
 
-def test_a_modality_by_another_name(tmp_path, scan, trained):
+def test_a_modality_by_another_name(tmp_path, scan, second, trained):
     sys.modules["entrust_jax.api"].read_config(tmp_path).data.names = ConfigDict({"FLAIR": ("dark-fluid",)})
-    out = run(tmp_path, f"t1w={scan}", f"Dark-Fluid={scan}")
+    out = run(tmp_path, f"t1w={scan}", f"Dark-Fluid={second}")
     assert json.loads((out / "report.json").read_text())["modalities"]["missing"] == []
 
 

@@ -22,13 +22,14 @@ test patients, and predicts its Dice. Writes trust.json and trust.md.
 subsets: masks, calibration and guarantees of a trained model on its test cases from every subset of their modalities.
 regions: what a trained EnTrust calls doubtful in its test cases, beside the truth: a sheet of ten regions for the eye,
 sums over all of them by cause. Several W: folds of one set.
---hypotheses: so many hypotheses of a case, and passes of a U-Net with dropout, whatever the config says. What an AUROC
-can reach depends on them: 16 draws from the phantom's own law reach .84, 64 draws .98.
 conflict: whether the uncertainty of a trained EnTrust, W, follows conflict injected into one modality of its test
 cases; the same figures of the U-Nets, with dropout or without, and the ensembles named after it.
 semisynthetic: makes a set of D's scans, in which each modality shows or hides a lesion with known --reliability, to be
 trained on with --config.data.layout=manifest --config.data.dir=O; then judges a model trained on it by the exact
 posterior.
+
+--hypotheses (conflict, semisynthetic): so many hypotheses of a case, and passes of a U-Net with dropout, whatever the
+config says. What an AUROC can reach depends on them: 16 draws from the phantom's own law reach .84, 64 draws .98.
 """
 
 import json

@@ -19,7 +19,7 @@ from scipy import ndimage
 from entrust_jax import api
 from entrust_jax.benchmark import conflict
 from entrust_jax.benchmark.conflict_figures import AIMS, RESAMPLES, Result, by_patient, mean_figure, ratio_figure
-from entrust_jax.data import dataset, manifest, preprocess, resampling, semisynthetic
+from entrust_jax.data import dataset, manifest, preprocess, resampling, scans, semisynthetic
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.metrics.conflict import site_auroc
@@ -132,10 +132,10 @@ def write_case(
     for m, modality in enumerate(modalities):
         if volume.present[m]:
             row[modality] = f"{name}/{modality}.nii.gz"
-            preprocess.write_map(folder / row[modality], semisynthetic.stored(volume)[m], volume.reference, np.float32)
+            scans.write_map(folder / row[modality], semisynthetic.stored(volume)[m], volume.reference, np.float32)
     row["label"] = f"{name}/label.nii.gz"
     # Voxels that count nowhere have no value of their own in every set: they are background here.
-    preprocess.write_map(folder / row["label"], values[np.maximum(volume.label, 0)], volume.reference, np.uint8)
+    scans.write_map(folder / row["label"], values[np.maximum(volume.label, 0)], volume.reference, np.uint8)
     marks = sum((i * site.mask.astype(np.uint8) for i, site in enumerate(sites, 1)), np.zeros((), np.uint8))
     np.savez_compressed(own / SITES, sites=np.asarray(marks, np.uint8))
     return row

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from nibabel import orientations
 
-from entrust_jax.data.preprocess import open_scan, write_map
+from entrust_jax.data.scans import in_mm, open_scan, write_map
 from entrust_jax.errors import UserError
 from entrust_jax.report import figures
 from entrust_jax.trustmap import explanation
@@ -310,7 +310,7 @@ def located(record: Mapping[str, Any], scan: Path) -> dict[str, Any]:
     canonical = np.array([place["row"], place["column"], place["slice"], 1.0])
     # inv_ornt_aff maps indices of the reoriented array to those of the array as stored.
     stored = orientations.inv_ornt_aff(orientation, shape) @ canonical
-    world = image.affine @ stored
+    world = in_mm(image) @ stored
     return {
         "scan_voxel": [round(v) for v in stored[:3].tolist()],
         "world_mm": [round(v, 2) for v in world[:3].tolist()],
