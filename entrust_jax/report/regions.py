@@ -15,7 +15,7 @@ from entrust_jax.report import figures, slices
 from entrust_jax.report.slices import View
 
 TRUE, DELIVERED, REGION = "#56B4E9", "#E69F00", "#FFFFFF"
-SIDE, WORDS = 1.65, 4.7  # inches of a panel's width, and of the words beside a row
+SIDE, WORDS = 1.55, 4.7  # inches of a panel's width, and of the words beside a row
 TALLEST = 1.2  # of a panel's height over its width: a leg's would be twice
 LINE = 74  # characters that fit beside a row
 HEATS = (("error_probability", "error probability", "inferno"), ("conflict", "conflict (kappa)", "magma"))
@@ -98,7 +98,7 @@ def sheet(rows: Sequence[Row], modalities: Sequence[str], classes: int, title: s
     lines = (("true outline", TRUE), ("delivered outline", DELIVERED), ("the region", REGION))
     key = [Line2D([], [], color=colour, linewidth=2.5, label=words) for words, colour in lines]
     picture.legend(handles=key, loc="outside lower left", ncols=3, fontsize=9, facecolor="#8A8A8A")
-    picture.suptitle(f"{title}; the patient's right is on the left", fontsize=10)
+    picture.suptitle(f"{title}, in the slice of their centre; the patient's right is on the left", fontsize=10)
     return picture
 
 
@@ -116,6 +116,8 @@ def draw(row: Row, axes: Sequence[Axes], classes: int) -> None:
         for mask, colour in ((sight.true, TRUE), (sight.delivered, DELIVERED)):
             for k in range(1, classes):
                 slices.outline(axis, mask == k, view, colour, width=1.2)
+        left, right, bottom, top = view.extent
+        axis.set(xlim=(left, right), ylim=(bottom, top))  # contours reach half a pixel beyond
 
     for axis in axes:
         axis.set(xticks=[], yticks=[])

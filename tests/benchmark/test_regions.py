@@ -182,6 +182,10 @@ def test_the_sheet_the_table_and_the_records_are_written(tmp_path, monkeypatch):
     height, width = imread(folder / "regions.png").shape[:2]
     renderer = picture.canvas.get_renderer()
     boxes = [text.get_window_extent(renderer) for axes in picture.axes for text in axes.texts if text.get_text()]
+    pictured = [
+        (axes, axes.images[0].get_extent()) for axes in picture.axes if axes.images and axes.get_xlim() != (0, 1)
+    ]
+    assert len(pictured) == 6 * 5 - 3 and all((*a.get_xlim(), *a.get_ylim()) == tuple(extent) for a, extent in pictured)
     with Image.open(folder / "regions.png") as file:
         assert file.mode == "P"
     assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes)
