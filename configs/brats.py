@@ -13,16 +13,17 @@ Time: the demo about 6 minutes on two CPU cores, compilation included; the other
 Scores: the demo prints its validation Dice; a small 2-D setting on three cases of BraTS 2013 is in docs/data-sets.md;
 those of the others are not known.
 
-By registration, on the terms of these pages: 2020 https://www.med.upenn.edu/cbica/brats2020/data.html, 2021
-https://www.cancerimagingarchive.net/analysis-result/rsna-asnr-miccai-brats-2021, 2023
+Licence: as the page of each year says, for research, after registration. 2020:
+https://www.med.upenn.edu/cbica/brats2020/data.html, 2021:
+https://www.cancerimagingarchive.net/analysis-result/rsna-asnr-miccai-brats-2021, 2023:
 https://www.synapse.org/Synapse:syn51156910, 2024 from the challenge's page there.
 
 The folder holds one folder a case, BraTS 2020 / 2021 (NAME_t1.nii.gz ...) or 2023 / 2024 (NAME-t1n.nii.gz ...) names.
 gli2024 has the labels of BraTS 2024 GLI (de Verdier et al. 2024, arXiv 2405.18368), the resection cavity RC among them,
 and that challenge's regions (TC and WT as in earlier years, not checked against its code); time points of a patient
 (BraTS-GLI-00005-100, -101) stay in one part. In the 2023 layout ET has the value 3:
---config.data.label_map="((0,0),(1,1),(2,2),(3,3))". BraTS 2013 as redistributed has four tumour values:
---config.data.label_map="((0,0),(1,1),(2,2),(3,1),(4,3))".
+--config.data.label_map="((0,0),(1,1),(2,2),(3,3))". BraTS 2013 as redistributed (CC BY-NC-SA 3.0) has four tumour
+values: --config.data.label_map="((0,0),(1,1),(2,2),(3,1),(4,3))".
 """
 
 from typing import Any

@@ -9,8 +9,10 @@ to 1000, which loses nothing of any organ but metal and the densest bone; for on
 --config.data.intensity.CT="('window',-160.0,240.0)". All others are z-scored, PET too: its unit is not known here. A
 splits_final.json beside dataset.json says who is test in fold --config.data.split.fold. Several scans of one patient:
 --config.data.patient_pattern. Sizes and durations are those of configs/glioma.py, for a small set on a CPU;
-copy that file for a config of your own. A channel that is a copy of another counts as missing. Time: what that takes.
-Score: not run here.
+copy that file for a config of your own. A channel that is a copy of another counts as missing. FOLDER holds
+dataset.json, imagesTr/NAME_0000.nii.gz and labelsTr/NAME.nii.gz, as described on
+https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md. Licence: that of your set. Time: as
+configs/glioma.py. Score: not run here.
 """
 
 from pathlib import Path

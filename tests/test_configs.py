@@ -31,6 +31,16 @@ def test_its_docstring_says_how_to_run_it_how_long_it_takes_and_how_well_it_does
     assert re.search(r"\btime\b|minutes", text, re.IGNORECASE) and re.search("score|not run here", text, re.IGNORECASE)
 
 
+@pytest.mark.parametrize("name", [*SCANS, "nnunet"])
+def test_its_docstring_says_where_the_data_is_under_which_licence_and_how_it_must_lie(name):
+    text = importlib.import_module(f"configs.{name}").__doc__ or ""
+    assert re.search(r"\blicence: |\bCC BY\b|\bresearch use only\b", text, re.IGNORECASE)
+    assert re.search(r"https://[\w.-]+/\S+|https://[\w-]+\.grand-challenge\.org", text)
+    # What the folder holds, or the patterns that list it.
+    assert re.search(r"\bfolder\s+holds\b", text, re.IGNORECASE) or re.search(r"\S+=\{\S+\.\w+|imagesTr/NAME", text)
+    assert re.search(r"\btime\b", text, re.IGNORECASE) and re.search(r"\bscores?\b|not run here", text, re.IGNORECASE)
+
+
 @pytest.mark.parametrize("name", SCANS)
 def test_without_its_data_it_names_the_source_and_the_layout(name):
     config = importlib.import_module(f"configs.{name}").get_config()

@@ -57,12 +57,14 @@ def split(data: Any, path: Path) -> tuple[dict[str, list[str]], list[str]]:
 def check(data: Any, path: Path | None = None) -> None:
     """Raises UserError for data that cannot be there: a second's look, before the minutes of compiling.
 
-    path: where a split may have been kept; then none has to be possible any more.
+    path: where a split may have been kept; then it must fit, and no other one has to be possible any more.
     """
     if data.layout != "phantom":
         cases = find(data)
         if path is None or not path.exists():
             drawn(data, cases)
+        else:
+            splits.resume(path, cases, data.split)
         return
     phantom_spec(data)
     cases = tuple(data.phantom.cases)

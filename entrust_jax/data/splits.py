@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,12 +126,15 @@ def _divide(
 
 
 def load(path: Path) -> dict[str, list[str]]:
-    """The four parts of a splits.json. Raises UserError when it is missing or damaged."""
+    """The four parts of a splits.json. Raises UserError as `read` does."""
     return read(path)[0]
 
 
 def read(path: Path) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """The four parts of a splits.json and the values it was drawn with."""
+    """The four parts of a splits.json and the values it was drawn with.
+
+    Raises UserError when it is missing or damaged, and for a case in two parts: only one fold has it everywhere.
+    """
     try:
         content = json.loads(Path(path).read_text())
         parts = {part: [str(name) for name in content[part]] for part in PARTS}
@@ -142,7 +145,31 @@ def read(path: Path) -> tuple[dict[str, list[str]], dict[str, Any]]:
         raise UserError(
             f"{path}: is damaged ({type(error).__name__}: {error}); restore it or use a new --workdir"
         ) from None
+    if not _everywhere(drawn_with) and (both := _in_two(parts, {name: name for own in parts.values() for name in own})):
+        name, *where = both
+        raise UserError(
+            f"{path}: case {name} is in {where[0][0]} and in {where[1][0]}, so it is no split any more; restore the"
+            " file or use a new --workdir"
+        )
     return parts, drawn_with
+
+
+def _everywhere(drawn_with: Mapping[str, Any]) -> bool:
+    """Whether a split was drawn as one fold, with every case in every part."""
+    return drawn_with.get("folds") == 1 and not drawn_with.get("test_pattern")
+
+
+def _in_two(
+    parts: Mapping[str, Sequence[str]], whose: Mapping[str, str]
+) -> tuple[str, tuple[str, str], tuple[str, str]] | None:
+    """The first owner (`whose`, by case) who is in two parts, and (part, case) of two; None where nobody is."""
+    first: dict[str, tuple[str, str]] = {}
+    for part in PARTS:
+        for name in parts[part]:
+            found = first.setdefault(whose[name], (part, name))
+            if found[0] != part:
+                return whose[name], found, (part, name)
+    return None
 
 
 def plan(cases: Sequence[Case], split: Any, given: Fold | None = None) -> Draw:
@@ -197,7 +224,7 @@ def resume(path: Path, cases: Sequence[Case], split: Any) -> Draw:
     """The split in `path`, for cases that must be those it was drawn for: a split is never redrawn.
 
     Cases without a label may be in it (they once were) or not. Raises UserError when it was drawn for other cases or
-    with other values.
+    with other values, or leaves a patient in two parts: who is whose was said otherwise then.
     """
     parts, drawn_with = read(path)
     values = _values(split)
@@ -215,6 +242,12 @@ def resume(path: Path, cases: Sequence[Case], split: Any) -> Draw:
         raise UserError(
             f"{path}: the cases on disk are not those of this split ({', '.join(changed[:3])}{more});"
             " restore the data or use a new --workdir"
+        )
+    if not _everywhere(drawn_with) and (both := _in_two(parts, {case.name: case.patient for case in cases})):
+        patient, (part, name), (other, second) = both
+        raise UserError(
+            f"{path}: patient {patient} is in {part} (case {name}) and in {other} (case {second}), for it was drawn"
+            " when these were two patients; use a new --workdir, or remove the file where nothing was trained on it yet"
         )
     return Draw(parts, drawn_with, [])
 

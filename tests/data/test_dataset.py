@@ -38,6 +38,28 @@ def test_a_pattern_that_does_not_fit_is_one_clear_error(pattern, said):
     assert said in str(error.value)
 
 
+def table(folder, patients, more=""):
+    """A manifest of cases with a scan and a mask each, one patient a case as named."""
+    rows = ["case,patient,T1,label"]
+    for i, patient in enumerate(patients):
+        for name in ("t1", "seg"):
+            (folder / f"{i}_{name}.nii.gz").touch()
+        rows.append(f"c{i:02d},{patient},{i}_t1.nii.gz,{i}_seg.nii.gz")
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n" + more)
+    split = {"seed": 0, "folds": 4, "fold": 0, "test_pattern": ""}
+    values = {"layout": "manifest", "dir": str(folder), "source": "", "modalities": ("T1",), "names": {}}
+    return ConfigDict(values | {"patient_pattern": "", "split": split})
+
+
+def test_a_kept_split_that_tears_a_patient_apart_is_told_before_anything_is_compiled(tmp_path):
+    path = tmp_path / "w" / "splits.json"
+    dataset.split(table(tmp_path, range(12)), path)
+    dataset.check(table(tmp_path, range(12)), path)
+    mended = table(tmp_path, [i // 4 for i in range(12)])
+    with pytest.raises(UserError, match=r"splits\.json: patient \d is in train \(case c\d\d\) and in"):
+        dataset.check(mended, path)
+
+
 @pytest.mark.parametrize(
     ("variant", "expected"),
     [

@@ -185,7 +185,7 @@ def folds(folder, *pairs):
 
 def test_the_folds_val_is_our_test_and_ours_are_drawn_from_its_train(tmp_path):
     folder = write(tmp_path / "d", names=NAMES)
-    before, lines = dataset.split(data(folder), tmp_path / "before" / "splits.json")
+    before, lines = dataset.split(data(folder, fold=4), tmp_path / "before" / "splits.json")
     assert lines == [] and len(before["test"]) == 4
     folds(folder, (NAMES[3:], NAMES[:3]), (NAMES[:15], NAMES[15:19]))
     path = tmp_path / "w" / "splits.json"
@@ -199,7 +199,7 @@ def test_the_folds_val_is_our_test_and_ours_are_drawn_from_its_train(tmp_path):
     everything, (line,) = dataset.split(data(folder, folds=1), tmp_path / "all" / "splits.json")
     assert everything["test"] == everything["train"] == NAMES and "every case is in every part" in line
     # A folder that was trained before the file came goes on with its own split.
-    assert dataset.split(data(folder), tmp_path / "before" / "splits.json") == (before, [])
+    assert dataset.split(data(folder, fold=4), tmp_path / "before" / "splits.json") == (before, [])
     dataset.check(data(folder, fold=4), tmp_path / "before" / "splits.json")
     with pytest.raises(UserError, match=r"fold is 4; .*splits_final\.json has 2, give 0 to 1"):
         dataset.check(data(folder, fold=4))

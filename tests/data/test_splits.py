@@ -127,6 +127,32 @@ def test_changed_cases_or_values_are_refused(tmp_path):
         splits.load_or_draw(path, cases(), config(fold=1))
 
 
+def test_a_kept_split_with_a_case_in_two_parts_is_refused(tmp_path):
+    path = tmp_path / "splits.json"
+    splits.load_or_draw(path, cases(), config())
+    content = json.loads(path.read_text())
+    content["train"].append(content["test"][0])
+    path.write_text(json.dumps(content))
+    message = rf"splits\.json: case {content['test'][0]} is in train and in test.*; restore the file or use a new --wor"
+    for read in (lambda: splits.load(path), lambda: splits.load_or_draw(path, cases(), config())):
+        with pytest.raises(UserError, match=message):
+            read()
+    everywhere = tmp_path / "one" / "splits.json"
+    parts = splits.load_or_draw(everywhere, cases(), config(folds=1)).parts
+    assert splits.load_or_draw(everywhere, cases(), config(folds=1)).parts == parts == splits.load(everywhere)
+
+
+def test_a_patient_whom_a_kept_split_took_for_two_is_named(tmp_path):
+    path = tmp_path / "splits.json"
+    parts = splits.load_or_draw(path, cases([(name, name) for name, _ in PAIRS]), config()).parts
+    with pytest.raises(UserError, match=r"splits\.json: patient P\d\d is in \w+ \(case (\S+)\) and in \w+ \(") as error:
+        splits.load_or_draw(path, cases(), config())
+    said = str(error.value)
+    assert "use a new --workdir, or remove the file" in said
+    patient = said.partition("patient ")[2][:3]
+    assert len({part for part, names in parts.items() if any(name.startswith(patient) for name in names)}) > 1
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"train": 1}'])
 def test_damaged_or_missing_file(tmp_path, text):
     path = tmp_path / "splits.json"
