@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import io
 import os
 import re
 import signal
@@ -132,6 +133,8 @@ def run(main: Callable[[list[str]], Any], required: Sequence[str] = (), *, words
       words: what arguments without dashes are here; "": there are none, and one is a mistake.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path of another encoding must not stop what only names it
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app.run(main, flags_parser=lambda argv: _parse(argv, required, words))
     except UserError as error:

@@ -47,6 +47,9 @@ def main(argv: Sequence[str]) -> None:
     logs.write_bytes(output, manifest.as_csv(rows, list(templates), base).encode())
     counts = ", ".join(f"{name} {sum(name in row for row in rows)}" for name in templates)
     print(f"{output}: {len(rows)} cases; {counts}")
+    if left := manifest.unfitting(folder, rows):
+        fit = "1 scan fits" if len(left) == 1 else f"{len(left)} scans fit"
+        print(f"  {fit} no pattern and {'is' if len(left) == 1 else 'are'} not in it, such as {left[0]}")
 
 
 def parse_templates(words: Sequence[str], label: re.Pattern[str]) -> dict[str, str]:

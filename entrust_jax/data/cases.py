@@ -1,6 +1,7 @@
 """A case: one scan session, its files by modality; under which names files are found, and what is wrong with them."""
 
 import dataclasses
+import itertools
 import os
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -12,7 +13,15 @@ from entrust_jax.errors import UserError
 ENDINGS = (".nii.gz", ".nii")
 JPEG = (".jpg", ".jpeg")
 PICTURES = (".png", *JPEG)  # read as scans of one slice
+# Scans that are not read. Where one is sought they are looked for all the same, to be told from what is not there.
+FOREIGN = (
+    *(".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".mnc"),
+    *(".hdr", ".img", ".hdr.gz", ".img.gz", ".nii.bz2", ".nii.zst", ".tif", ".tiff"),
+)
+SOUGHT = (*ENDINGS, *FOREIGN)
 MOST_FILES = 5000
+CONVERT = "convert it to NIfTI (.nii.gz)"
+CONVERT_DICOM = "convert the series to NIfTI first: dcm2niix -z y -f %p_%s -o FOLDER_FOR_NIFTI FOLDER_OF_THE_SERIES"
 
 # Groups of names under which releases and exports know one modality, as they stand in file names.
 SYNONYMS = (
@@ -133,19 +142,23 @@ def ending_of(name: str, endings: Sequence[str]) -> str | None:
 def case_of(
     name: str, patient: str, images: Mapping[str, Sequence[Path]], labels: Sequence[Path]
 ) -> tuple[Case, list[Mistake]]:
-    """The case that these files make, by modality; two files for one thing, or one file for two, are mistakes and not
+    """The case that these files make, by modality. Mistakes and not in it: two files for one thing, one file for two,
 
-    in it.
+    and a file that cannot be read (`obstacle`) where no other one is there in its place.
     """
     mistakes = []
     kept: dict[str | None, Path] = {}  # None: the label
     for what, found in (*images.items(), (None, labels)):
-        if len(found) > 1:
-            shown = " and ".join(p.name if p.parent == found[0].parent else str(p) for p in found)
+        readable = [path for path in found if obstacle(path) is None]
+        if len(readable) > 1:
+            shown = " and ".join(p.name if p.parent == readable[0].parent else str(p) for p in readable)
             said = f"case {name} has two files for {what or 'the label'}: {shown}; keep one of them"
-            mistakes.append(Mistake(f"{found[0].parent}: {said}", tuple(found)))
+            mistakes.append(Mistake(f"{readable[0].parent}: {said}", tuple(readable)))
+        elif readable:
+            kept[what] = readable[0]
         elif found:
-            kept[what] = found[0]
+            said = f"{what or 'the label'} of case {name} {obstacle(found[0])}"
+            mistakes.append(Mistake(f"{found[0]}: {said}", tuple(found)))
     owners: dict[str, list[str | None]] = {}
     for what, path in kept.items():
         owners.setdefault(os.path.abspath(path), []).append(what)
@@ -165,6 +178,11 @@ def listing_of(found: Iterable[tuple[Case, list[Mistake]]]) -> Listing:
     return Listing([case for case, _ in pairs], [mistake for _, mistakes in pairs for mistake in mistakes])
 
 
+def is_text(name: str) -> bool:
+    """Whether a name can be written down; one of another encoding than UTF-8 cannot."""
+    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def is_there(path: Path) -> bool:
     """Whether a path that somebody wrote down is a file; one that no file can have is not."""
     try:
@@ -173,8 +191,44 @@ def is_there(path: Path) -> bool:
         return False
 
 
+def leads_nowhere(path: Path) -> bool:
+    """Whether a path is a link to nothing, as git-annex and DataLad leave for what was not fetched."""
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def obstacle(path: Path) -> str | None:
+    """What keeps a file that is listed in a folder from being read, by its link and name alone, and the mend; None
+
+    where nothing does.
+    """
+    if leads_nowhere(path):
+        return "is a link to nothing; get the file (git annex get, datalad get)"
+    ending = ending_of(path.name, FOREIGN)
+    return f"is {ending}, a format that is not read; {CONVERT}" if ending else None
+
+
+def why_no_scan(path: Path) -> str | None:
+    """What keeps a path that somebody wrote down from being read as a scan, and the mend; None where nothing does."""
+    if not is_there(path):
+        if leads_nowhere(path):
+            return obstacle(path)
+        if not os.path.isdir(path):
+            return "no such file; mend the path"
+        if first_dicom(itertools.islice(files_below(path), MOST_FILES)) is not None:
+            return f"is a folder of DICOM files; {CONVERT_DICOM}"
+        return "is a folder; give the file of the scan"
+    if path.name.lower().endswith((*ENDINGS, *PICTURES)):
+        return None
+    if is_dicom(path):
+        return f"is a DICOM file; {CONVERT_DICOM}"
+    return obstacle(path) or f"is neither NIfTI nor PNG nor JPEG by its name; {CONVERT}, or mend the name"
+
+
 def files_below(folder: Path) -> Iterable[Path]:
-    """Every file below a folder, sorted; folders that are links are followed, each real folder once."""
+    """Every file below a folder, sorted, and links to nothing too; none of hidden folders, as git keeps its own in.
+
+    Folders that are links are followed, each real folder once.
+    """
     seen: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
@@ -182,12 +236,17 @@ def files_below(folder: Path) -> Iterable[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders.sort()
-        yield from (path for name in sorted(files) if (path := Path(root, name)).is_file())
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (path for name in sorted(files) if is_listed(path := Path(root, name)))
 
 
-def scans_below(folder: Path, endings: Sequence[str] = ENDINGS) -> Iterable[tuple[str, Path]]:
-    """(name without its ending, file) of every NIfTI file below a folder, or of those with other endings."""
+def is_listed(path: Path) -> bool:
+    """Whether what a folder lists is a file, or a link that should lead to one."""
+    return path.is_file() or leads_nowhere(path)
+
+
+def scans_below(folder: Path, endings: Sequence[str] = SOUGHT) -> Iterable[tuple[str, Path]]:
+    """(name without its ending, file) of every scan below a folder, readable or not, or of those with other endings."""
     for path in files_below(folder):
         if ending := ending_of(path.name, endings):
             yield path.name[: -len(ending)], path
@@ -204,19 +263,35 @@ def is_dicom(path: Path) -> bool:
 
 def dicom_mistake(path: Path) -> UserError:
     """What to tell a person who gives a DICOM file, or a folder of them."""
-    return UserError(
-        f"{path}: is a DICOM file; convert the series to NIfTI first:"
-        " dcm2niix -z y -f %p_%s -o FOLDER_FOR_NIFTI FOLDER_OF_THE_SERIES"
-    )
+    return UserError(f"{path}: is a DICOM file; {CONVERT_DICOM}")
 
 
-def refuse_dicom(folder: Path) -> None:
-    """Raises UserError where a folder holds DICOM files and no NIfTI file at all; looks at a few thousand at most."""
-    first: Path | None = None
-    for number, path in enumerate(files_below(folder)):
-        if ending_of(path.name, ENDINGS) or number > MOST_FILES:
-            return
-        if first is None and (path.suffix.lower() in (".dcm", ".ima") or is_dicom(path)):
-            first = path
-    if first is not None:
-        raise dicom_mistake(first)
+def first_dicom(paths: Iterable[Path]) -> Path | None:
+    """The first DICOM file of these, by its name or its magic word; None without one."""
+    others = (path for path in paths if not path.name.lower().endswith((*SOUGHT, *PICTURES)))
+    return next((path for path in others if path.suffix.lower() in (".dcm", ".ima") or is_dicom(path)), None)
+
+
+def refuse_dicom(folder: Path, said: str = "") -> None:
+    """Raises UserError where a folder without a case holds DICOM files, among its first MOST_FILES files.
+
+    said: what else is wrong with it. It is told along where there are readable files too: a mask beside a series must
+    not hide it, nor a stray series what is wrong with the files.
+    """
+    paths = list(itertools.islice(files_below(folder), MOST_FILES))
+    if (dicom := first_dicom(paths)) is not None:
+        error = dicom_mistake(dicom)
+        raise UserError(f"{said}; and {error}") if said and _has_readable(paths) else error
+
+
+def refuse_formats(folder: Path, said: str) -> None:
+    """Raises UserError as `refuse_dicom` does, and where a folder holds scans of FOREIGN formats alone."""
+    refuse_dicom(folder, said)
+    paths = list(itertools.islice(files_below(folder), MOST_FILES))
+    foreign = next((path for path in paths if ending_of(path.name, FOREIGN)), None)
+    if foreign is not None and not _has_readable(paths):
+        raise UserError(f"{foreign}: {obstacle(foreign)}")
+
+
+def _has_readable(paths: Iterable[Path]) -> bool:
+    return any(ending_of(path.name, (*ENDINGS, *PICTURES)) for path in paths)

@@ -9,6 +9,7 @@ from typing import Any
 from entrust_jax.data.cases import (
     ENDINGS,
     PICTURES,
+    SOUGHT,
     Case,
     Listing,
     Mistake,
@@ -16,9 +17,11 @@ from entrust_jax.data.cases import (
     case_number,
     case_of,
     ending_of,
+    is_listed,
+    is_text,
     known_names,
     listing_of,
-    refuse_dicom,
+    refuse_formats,
     scans_below,
     split_name,
 )
@@ -46,8 +49,8 @@ def brats_case(folder: Path, known: Names, *, labelled: bool = True) -> tuple[Ca
     kinds = kinds_of(known)
     dashed = False
     for path in sorted(folder.iterdir()):
-        ending = ending_of(path.name, ENDINGS)
-        if ending is None or not path.is_file():
+        ending = ending_of(path.name, SOUGHT)
+        if ending is None or not is_listed(path):
             continue
         # The part after the last separator is the modality; the part before need not be the folder's name.
         _, separator, kind = split_name(path.name[: -len(ending)], kinds)
@@ -153,7 +156,6 @@ def list_cases(
     layout: str, place: Path | str, modalities: Sequence[str], names: Mapping[str, Any] = NO_NAMES
 ) -> Listing:
     """The cases of a data set, sorted by name, and every mistake in it; those without any modality are left out.
-
     place: its folder, or a manifest's file. names: config.data.names. Raises UserError when the folder is not there, or
     nothing in it can be read as this layout.
     """
@@ -166,22 +168,25 @@ def list_cases(
         raise UserError(f"{place}: no such folder; set config.data.dir to a folder in the {layout} layout ({expected})")
     try:
         found = find(place, known)
-    except UserError:
-        refuse_dicom(place)
+    except UserError as error:
+        if layout != "manifest":  # a table that is there is what is wrong, whatever lies beside it
+            refuse_formats(place, str(error))
         raise
     except OSError as error:
         raise UserError(f"{error.filename or place}: cannot be read ({error.strerror}); mend its rights") from None
     cases = [case for case in found.cases if case.images]
-    odd = {case.name for case in cases if not (_is_text(case.name) and _is_text(case.patient))}
+    odd = {case.name for case in cases if not (is_text(case.name) and is_text(case.patient))}
     said = "its name, or its patient's, is no text; rename it"
     mistakes = found.mistakes + [Mistake(f"{place}: case {name!r}: {said}") for name in sorted(odd)]
     cases = [case for case in cases if case.name not in odd]
     if not cases and not mistakes:
-        refuse_dicom(place)
         below = _below(place, find, known)
-        mend = f"but folders in it do: {', '.join(below)}; give one of them, or put their cases into one"
+        shown = f"{', '.join(below[:3])}{', ...' if len(below) > 3 else ''}"
+        mend = f"but folders in it do: {shown}; give one of them, or put their cases into one"
         mend = mend if below else f"the {layout} layout expects {expected}"
-        raise UserError(f"{place}: holds no case with any of {', '.join(modalities)}; {mend}")
+        said = f"{place}: holds no case with any of {', '.join(modalities)}; {mend}"
+        refuse_formats(place, said)
+        raise UserError(said)
     return Listing(cases, mistakes)
 
 
@@ -195,11 +200,6 @@ def _below(place: Path, find: Callable[[Path, Names], Listing], known: Names) ->
         except (UserError, OSError):  # not this layout either
             continue
     return found
-
-
-def _is_text(name: str) -> bool:
-    """Whether a name can be written down; one of another encoding than UTF-8 cannot."""
-    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def find_cases(
@@ -246,11 +246,12 @@ def case_from_folder(folder: Path | str, modalities: Sequence[str], names: Mappi
     # A mask is not needed here, and two of them must not stop a prediction.
     (case,) = without_mistakes(listing_of([brats_case(path, known_names(modalities, names), labelled=False)]))
     if not case.images:
-        refuse_dicom(path)
-        raise UserError(
+        said = (
             f"{folder}: holds none of {', '.join(modalities)};"
             f" name the files as NAME_{modalities[0].lower()}.nii.gz or give them one by one as MODALITY=FILE"
         )
+        refuse_formats(path, said)
+        raise UserError(said)
     return case
 
 

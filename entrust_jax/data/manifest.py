@@ -19,16 +19,18 @@ from typing import Any, NamedTuple
 from entrust_jax.data.cases import (
     ENDINGS,
     PICTURES,
+    SOUGHT,
     Case,
     Listing,
     Mistake,
     Names,
     case_of,
     ending_of,
-    is_there,
+    is_text,
     one_of,
-    refuse_dicom,
+    refuse_formats,
     scans_below,
+    why_no_scan,
 )
 from entrust_jax.errors import UserError
 
@@ -54,18 +56,21 @@ def locate(place: Path) -> Path:
     found = [place / name for name in NAMES if (place / name).is_file()]
     if len(found) != 1:
         what = "two manifests" if found else "no manifest"
-        raise UserError(
+        said = (
             f"{place}: holds {what}; give the file itself as config.data.dir, or write one with"
             " python -m entrust_jax.manifest"
         )
+        if not found:
+            refuse_formats(place, said)
+        raise UserError(said)
     return found[0]
 
 
 def manifest_cases(place: Path, known: Names) -> Listing:
     """The cases of a manifest, `place` being the file or its folder; a column may have any of its modality's names.
 
-    Mistakes are lines with too many cells, a case without a name or named twice, and a scan that is not there. Raises
-    UserError for a file that cannot be read and a modality without a column.
+    Mistakes are lines with too many cells, a case without a name or named twice, a scan that is not there or cannot be
+    read. Raises UserError for a file that cannot be read and a modality without a column.
     """
     path = locate(place)
     rows, mistakes = _json_rows(path) if path.suffix.lower() == ".json" else _csv_rows(path)
@@ -88,10 +93,11 @@ def manifest_cases(place: Path, known: Names) -> Listing:
             given = [(modality, row.images[column]) for modality, column in chosen.items() if column is not None]
             found: dict[str, list[Path]] = {}
             for what, file in (*given, *row.labels.items()):
-                there_is = file and is_there(path.parent / file)
-                found[what] = [path.parent / file] if there_is else []
-                if file and not there_is:
-                    mistakes.append(_absent(path, row, what, file))
+                said = why_no_scan(path.parent / file) if file else None
+                found[what] = [path.parent / file] if file and said is None else []
+                if said is not None:
+                    where = f"{path}, {row.where}: {what} of case {row.case}"
+                    mistakes.append(Mistake(f"{where}: {_shown(file)}: {said}"))
             first, *more = row.labels or ("label",)
             label = found.pop(first, [])
             # Further raters go along with the images, so that one file for two of them is seen.
@@ -103,10 +109,10 @@ def manifest_cases(place: Path, known: Names) -> Listing:
     return Listing([cases[name] for name in sorted(cases)], mistakes)
 
 
-def _absent(manifest: Path, row: Row, what: str, file: str) -> Mistake:
-    first = file.splitlines()[0] if file.splitlines() else ""
-    shown = file if file == first[:200] else f"{first[:200]}..."
-    return Mistake(f"{manifest}, {row.where}: {what} of case {row.case}: {shown}: no such file; mend the path")
+def _shown(text: str) -> str:
+    """What a cell says, as far as it goes into a line."""
+    first = text.splitlines()[0] if text.splitlines() else ""
+    return text if text == first[:200] else f"{first[:200]}..."
 
 
 def in_order(labels: Iterable[str]) -> list[str]:
@@ -246,8 +252,9 @@ def collect(folder: Path, templates: Mapping[str, str]) -> list[dict[str, str]]:
     for name, expression in expressions.items():
         fitting = [(path, match) for path in paths if (match := expression.fullmatch(path))]
         if not fitting:
-            refuse_dicom(folder)
-            raise UserError(f"{folder}: no NIfTI, PNG or JPEG file fits {name}={templates[name]}; mend the pattern")
+            said = f"{folder}: no NIfTI, PNG or JPEG file fits {name}={templates[name]}; mend the pattern"
+            refuse_formats(folder, said)
+            raise UserError(said)
         for path, match in fitting:
             patient = match["patient"] if with_patient else ""
             case = f"{patient}_{match['case']}" if with_patient else match["case"]
@@ -262,8 +269,24 @@ def collect(folder: Path, templates: Mapping[str, str]) -> list[dict[str, str]]:
     return [rows[case] for case in sorted(rows)]
 
 
+def unfitting(folder: Path, rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The scans of a folder that are in none of the rows that were collected from it; pictures only where rows have
+
+    some. Those in folders without a scan that is in a row come first: their cases are missing as a whole.
+    """
+    taken = {row[name] for row in rows for name in row if name not in OWN}
+    pictures = PICTURES if any(ending_of(path, PICTURES) for path in taken) else ()
+    below = (path.relative_to(folder) for _, path in scans_below(folder, (*SOUGHT, *pictures)))
+    left = [path for path in below if path.as_posix() not in taken]
+    used = {Path(path).parent for path in taken}
+    return [path.as_posix() for path in sorted(left, key=lambda path: (path.parent in used, path))]
+
+
 def as_csv(rows: Sequence[Mapping[str, str]], names: Sequence[str], base: str) -> str:
-    """A manifest's text; `base` is put before every path, the way from the manifest to the folder."""
+    """A manifest's text; `base` is put before every path, the way from the manifest to the folder.
+
+    Raises UserError for a path that is no text: a table cannot hold it.
+    """
     patient = any(row["patient"] for row in rows)
     head = ["case", *(["patient"] if patient else []), *names]
     out = io.StringIO(newline="")
@@ -271,5 +294,9 @@ def as_csv(rows: Sequence[Mapping[str, str]], names: Sequence[str], base: str) -
     writer.writeheader()
     for row in rows:
         paths = {name: Path(os.path.normpath(os.path.join(base, row[name]))).as_posix() for name in {*names} & {*row}}
+        if odd := [path for path in paths.values() if not is_text(path)]:
+            raise UserError(
+                f"{odd[0]!r}: this path is no text (not UTF-8), so no table can name it; rename the folders"
+            )
         writer.writerow({"case": row["case"], "patient": row["patient"] or row["case"], **paths})
     return out.getvalue()

@@ -10,7 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from entrust_jax.data.cases import ENDINGS, Case, Listing, Mistake, Names, case_of, ending_of, is_there, one_of
+from entrust_jax.data.cases import (
+    ENDINGS,
+    SOUGHT,
+    Case,
+    Listing,
+    Mistake,
+    Names,
+    case_of,
+    ending_of,
+    is_listed,
+    one_of,
+    why_no_scan,
+)
 from entrust_jax.data.splits import Fold
 from entrust_jax.errors import UserError
 
@@ -176,11 +188,11 @@ def _files(folder: Path, channels: Mapping[str, int]) -> Listing:
 
 
 def _scans(folder: Path) -> list[tuple[str, Path]]:
-    """(name without its ending, file) of the NIfTI files in a folder; none where there is no such folder."""
+    """(name without its ending, file) of the scans in a folder; none where there is no such folder."""
     found = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        ending = ending_of(path.name, ENDINGS)
-        if ending and path.is_file():
+        ending = ending_of(path.name, SOUGHT)
+        if ending and is_listed(path):
             found.append((path.name[: -len(ending)], path))
     return found
 
@@ -199,10 +211,11 @@ def _entries(folder: Path, entries: Any, channels: Mapping[str, int], count: int
     def path_of(name: str, what: str, given: Any) -> list[Path]:
         if given is None or given == "":
             return []
-        path = folder / os.path.expandvars(given) if isinstance(given, str) else folder
-        if isinstance(given, str) and is_there(path):
+        path = folder / os.path.expandvars(given) if isinstance(given, str) else None
+        said = why_no_scan(path) if path is not None else "no such file; mend the path"
+        if path is not None and said is None:
             return [path]
-        mistakes.append(Mistake(f"{where}: {what} of case {name}: {str(given)[:200]}: no such file; mend the path"))
+        mistakes.append(Mistake(f"{where}: {what} of case {name}: {str(given)[:200]}: {said}"))
         return []
 
     for name, entry in sorted(entries.items()):

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import strategies as st
 
 import configs.brats
-from entrust_jax.data import dataset, layouts, manifest, splits
+from entrust_jax.data import cases, dataset, layouts, manifest, splits
 from entrust_jax.errors import UserError
 
 FOUR = ("T1", "T1ce", "T2", "FLAIR")
@@ -59,6 +59,10 @@ def test_cases_one_folder_further_down_are_pointed_at(tmp_path):
     for grade in ("HGG", "LGG"):
         touch(tmp_path / "BraTS2019" / grade / "B_1", "B_1_t1.nii.gz")
     (tmp_path / "BraTS2019" / "A_empty").mkdir()
+    for number in range(9):
+        touch(tmp_path / "many" / f"part{number}" / f"B_{number}", f"B_{number}_t1.nii.gz")
+    with pytest.raises(UserError, match=r"but folders in it do: part0, part1, part2, \.\.\.; give one"):
+        layouts.find_cases("brats", tmp_path / "many", ("T1",))
     with pytest.raises(UserError, match=r"BraTS2019: holds no case with any of T1; but folders in it do: HGG, LGG;"):
         layouts.find_cases("brats", tmp_path / "BraTS2019", ("T1",))
     with pytest.raises(UserError, match="the brats layout expects"):
@@ -319,6 +323,56 @@ def test_a_dicom_folder_is_told_how_to_become_nifti(tmp_path, layout, name):
     with pytest.raises(UserError, match=r"is a DICOM file; convert .* dcm2niix") as error:
         layouts.find_cases(layout, tmp_path, FOUR)
     assert name in str(error.value)
+
+
+def test_thousands_of_dicom_files_and_a_mask_beside_them_hide_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "MOST_FILES", 20)
+    touch(tmp_path / "P1" / "series", *(f"IM{i:03d}.dcm" for i in range(30)))
+    with pytest.raises(UserError, match=r"^\S+IM000\.dcm: is a DICOM file; convert .* dcm2niix"):
+        layouts.find_cases("brats", tmp_path, ("T1",))
+    touch(tmp_path / "P1", "P1_seg.nii.gz")
+    with pytest.raises(UserError, match=r"holds no case with any of T1; .*; and \S+IM000\.dcm: is a DICOM file; conv"):
+        layouts.find_cases("brats", tmp_path, ("T1",))
+    with pytest.raises(UserError, match=r"holds none of T1; .*; and \S+IM000\.dcm: is a DICOM file"):
+        layouts.case_from_folder(tmp_path / "P1", ("T1",))
+
+
+@pytest.mark.parametrize(
+    ("layout", "file"),
+    [
+        ("brats", "a/a_t1"),
+        ("nnunet", "imagesTr/a_0000"),
+        ("bids", "sub-a/sub-a_T1w"),
+        ("hecktor", "imagesTr/a__T1"),
+        ("myops", "train25/a_T1"),
+    ],
+)
+def test_a_link_to_nothing_and_formats_that_are_not_read_are_no_missing_files(tmp_path, layout, file):
+    (tmp_path / "dataset.json").write_text('{"channel_names": {"0": "T1", "1": "FLAIR"}}')
+    path = tmp_path / f"{file}.nii.gz"
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(tmp_path / ".git" / "annex" / "x.nii.gz")
+    with pytest.raises(
+        UserError, match=r"T1 of case \S+ is a link to nothing; get the file \(git annex get, data"
+    ) as e:
+        layouts.find_cases(layout, tmp_path, ("T1",))
+    assert str(e.value).startswith(str(path))
+    path.unlink()
+    for ending in (".nrrd", ".mha", ".mhd", ".mgz", ".hdr"):
+        touch(path.parent, f"{path.name[:-7]}{ending}")
+        with pytest.raises(UserError, match=rf"{ending}: T1 of case \S+ is {ending}, a format .* convert it to NIfTI"):
+            layouts.find_cases(layout, tmp_path, ("T1",))
+        (path.parent / f"{path.name[:-7]}{ending}").unlink()
+    # Beside a file that is read they are nothing.
+    touch(path.parent, path.name, f"{path.name[:-7]}.nrrd")
+    (path.parent / f"{path.name[:-7]}.nii").symlink_to(tmp_path / "gone")
+    assert layouts.find_cases(layout, tmp_path, ("T1",))[0].images == {"T1": path}
+
+
+def test_a_folder_of_another_format_alone_is_told_to_convert(tmp_path):
+    touch(tmp_path / "a", "scan_one.nrrd")
+    with pytest.raises(UserError, match=r"scan_one\.nrrd: is \.nrrd, a format that is not read; convert it to NIfTI"):
+        layouts.find_cases("brats", tmp_path, ("T1",))
 
 
 def test_channels_are_found_under_their_other_names(tmp_path):

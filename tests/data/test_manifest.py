@@ -1,6 +1,7 @@
 """Manifests: what a table of cases says, what is wrong with it, and tables written from a folder."""
 
 import json
+import os
 
 import hypothesis
 import pytest
@@ -40,19 +41,20 @@ def test_tables_of_spreadsheets_and_programs(tmp_path, text):
 @pytest.mark.parametrize(
     "text",
     [
-        "case,T1,label10,label,Label2\na,1.png,r10.png,r1.png,r2.png\nb,1.png,r10.png,,r2.png\nc,1.png,,,\n",
-        '[{"case": "a", "images": {"T1": "1.png"}, "label": ["r1.png", "r2.png", "r10.png"]},'
-        ' {"case": "b", "images": {"T1": "1.png"}, "label": [null, "r2.png", "r10.png"]},'
-        ' {"case": "c", "images": {"T1": "1.png"}, "label": []}]',
+        "case,T1,label10,label,Label2\n"
+        "a,a/1.png,a/r10.png,a/r1.png,a/r2.png\nb,b/1.png,b/r10.png,,b/r2.png\nc,c/1.png,,,\n",
+        '[{"case": "a", "images": {"T1": "a/1.png"}, "label": ["a/r1.png", "a/r2.png", "a/r10.png"]},'
+        ' {"case": "b", "images": {"T1": "b/1.png"}, "label": [null, "b/r2.png", "b/r10.png"]},'
+        ' {"case": "c", "images": {"T1": "c/1.png"}, "label": []}]',
     ],
 )
 def test_several_raters_of_whom_not_all_looked_at_every_case(tmp_path, text):
-    scans(tmp_path, "1.png", "r1.png", "r2.png", "r10.png")
+    scans(tmp_path, *(f"{case}/{name}.png" for case in "abc" for name in ("1", "r1", "r2", "r10")))
     path = tmp_path / ("manifest.json" if text.startswith("[") else "manifest.csv")
     path.write_text(text)
     a, b, c = layouts.find_cases("manifest", tmp_path, ("T1",))
-    assert a.label == tmp_path / "r1.png" and a.raters == (tmp_path / "r2.png", tmp_path / "r10.png")
-    assert b.label == tmp_path / "r2.png" and b.raters == (tmp_path / "r10.png",)
+    assert a.label == tmp_path / "a/r1.png" and a.raters == (tmp_path / "a/r2.png", tmp_path / "a/r10.png")
+    assert b.label == tmp_path / "b/r2.png" and b.raters == (tmp_path / "b/r10.png",)
     assert c.label is None and c.raters == () and set(c.images) == {"T1"}
 
 
@@ -83,10 +85,19 @@ def test_without_a_patient_every_case_is_one(tmp_path):
         ("case,T1\n,1.nii.gz\n", "line 2: the case has no name"),
         ("", "has no column case"),
         ("case,T1\n", "has no modality T1, it has none"),
+        ("case,T1\na,plain\n", r"line 2: T1 of case a: plain: is a folder; give the file of the scan"),
+        ("case,T1\na,series\n", "line 2: T1 of case a: series: is a folder of DICOM files; convert .* dcm2niix"),
+        ("case,T1\na,series/IM1\n", "line 2: T1 of case a: series/IM1: is a DICOM file; convert .* dcm2niix"),
+        ("case,T1\na,1.nrrd\n", r"line 2: T1 of case a: 1\.nrrd: is \.nrrd, a format that is not read; convert it"),
+        ("case,T1\na,1.hdr\n", r"T1 of case a: 1\.hdr: is \.hdr, a format that is not read; convert it to NIfTI"),
+        ("case,T1\na,notes.txt\n", r"T1 of case a: notes\.txt: is neither NIfTI nor PNG nor JPEG by its name"),
+        ("case,T1\na,link.nii.gz\n", r"T1 of case a: link\.nii\.gz: is a link to nothing; get the file \(git annex"),
     ],
 )
 def test_mistakes_in_a_table_are_named_with_their_line(tmp_path, text, message):
-    scans(tmp_path, "1.nii.gz")
+    scans(tmp_path, "1.nii.gz", "1.nrrd", "1.hdr", "notes.txt", "series/IM1", "plain/2.nii.gz")
+    (tmp_path / "series" / "IM1").write_bytes(b"\0" * 128 + b"DICM")
+    (tmp_path / "link.nii.gz").symlink_to(tmp_path / "annex")
     (tmp_path / "manifest.csv").write_text(text)
     with pytest.raises(UserError, match=message) as error:
         layouts.find_cases("manifest", tmp_path, ("T1",))
@@ -128,8 +139,11 @@ def test_a_folder_needs_one_manifest(tmp_path):
     with pytest.raises(UserError, match="holds two manifests"):
         layouts.find_cases("manifest", tmp_path, ("T1",))
     (tmp_path / "latin.csv").write_bytes(b"case,T1\n\xe9,1.nii.gz\n")
-    with pytest.raises(UserError, match=r"latin\.csv: cannot be read"):
-        layouts.find_cases("manifest", tmp_path / "latin.csv", ("T1",))
+    (tmp_path / "wide.csv").write_text("case,T1\na,1.nii.gz\n", encoding="utf-16")
+    for name in ("latin.csv", "wide.csv"):
+        with pytest.raises(UserError, match=rf"{name}: cannot be read .*; save it as UTF-8 text") as error:
+            layouts.find_cases("manifest", tmp_path / name, ("T1",))
+        assert "\n" not in str(error.value)
 
 
 @hypothesis.given(st.one_of(st.text(), st.text("case,T1\n;\"'\r\t\0ab.")), st.booleans())
@@ -198,6 +212,39 @@ def test_patterns_that_say_too_little_or_too_much(tmp_path, templates, message):
     scans(tmp_path, "a/T1.nii.gz", "a/T2.nii.gz", "p/a/x.nii.gz", "other/q_a.nii.gz", "other/q_b.nii.gz")
     with pytest.raises(UserError, match=message):
         manifest.collect(tmp_path, templates)
+
+
+def test_scans_that_fit_no_pattern_are_told_those_of_whole_cases_first(tmp_path):
+    scans(tmp_path, "c0/T1.nii.gz", "c0/CT.nii.gz", "c1/t1.nii.gz", "c2/T1.nrrd", "c0/view.png", ".git/x.nii.gz")
+    rows = manifest.collect(tmp_path, {"T1": "{case}/T1.nii.gz"})
+    assert manifest.unfitting(tmp_path, rows) == ["c1/t1.nii.gz", "c2/T1.nrrd", "c0/CT.nii.gz"]
+    assert manifest.unfitting(tmp_path, manifest.collect(tmp_path, {"T1": "{case}/view.png"}))[-1] == "c0/T1.nii.gz"
+
+
+def test_formats_that_are_not_read_and_links_to_nothing_are_told_from_missing_files(tmp_path):
+    scans(tmp_path, "a/T1.mha")
+    with pytest.raises(UserError, match=r"a/T1\.mha: is \.mha, a format that is not read; convert it to NIfTI"):
+        manifest.collect(tmp_path, {"T1": "{case}/T1.nii.gz"})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "T1.nii.gz").symlink_to(tmp_path / "annex")
+    rows = manifest.collect(tmp_path, {"T1": "{case}/T1.nii.gz"})
+    (tmp_path / "manifest.csv").write_text(manifest.as_csv(rows, ["T1"], "."))
+    with pytest.raises(UserError, match=r"line 2: T1 of case b: b/T1\.nii\.gz: is a link to nothing; get the file"):
+        layouts.find_cases("manifest", tmp_path, ("T1",))
+
+
+def test_a_mask_beside_a_series_hides_nothing(tmp_path):
+    scans(tmp_path, "a/IM1.dcm", "a/seg.nii.gz")
+    with pytest.raises(UserError, match=r"file fits T1=.*; and .*a/IM1\.dcm: is a DICOM file; convert .* dcm2niix"):
+        manifest.collect(tmp_path, {"T1": "{case}/T1.nii.gz", "label": "{case}/seg.nii.gz"})
+
+
+def test_a_path_that_is_no_text_is_named(tmp_path):
+    scans(tmp_path, os.fsdecode(b"b\xfc/T1.nii.gz"))
+    rows = manifest.collect(tmp_path, {"T1": "{case}/T1.nii.gz"})
+    with pytest.raises(UserError, match=r"'b\\udcfc/T1\.nii\.gz': this path is no text") as error:
+        manifest.as_csv(rows, ["T1"], ".")
+    assert str(error.value).encode()
 
 
 def test_pictures_of_several_raters_are_collected(tmp_path):

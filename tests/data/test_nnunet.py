@@ -101,7 +101,8 @@ def test_a_description_that_cannot_be(tmp_path, more, message):
 
 def test_explicit_paths_of_each_case(tmp_path, monkeypatch):
     monkeypatch.setenv("SCANS", str(tmp_path / "far"))
-    for name in ("far/a1.nii.gz", "near/a2.nii.gz", "near/b2.nii.gz", "near/label.nii.gz"):
+    names = ("a2.nii.gz", "b2.nii.gz", "e2.nii.gz", "f2.nii.gz", "g.nrrd", "label.nii.gz")
+    for name in ("far/a1.nii.gz", *(f"near/{name}" for name in names)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     entries = {
@@ -113,8 +114,9 @@ def test_explicit_paths_of_each_case(tmp_path, monkeypatch):
     assert (a.name, b.name, b.label, set(b.images)) == ("a", "b", None, {"FLAIR"})
     assert a.images == {"T1": tmp_path / "far/a1.nii.gz", "FLAIR": tmp_path / "near/a2.nii.gz"}
     assert a.label == tmp_path / "near/label.nii.gz"
-    entries |= {"c": {"images": ["near/a2.nii.gz"]}, "d": 3, "e": {"images": ["gone.nii.gz", "near/b2.nii.gz"]}}
-    entries |= {"f": {"images": ["near/b2.nii.gz", "near/b2.nii.gz"], "label": 7}}
+    entries |= {"c": {"images": ["near/a2.nii.gz"]}, "d": 3, "e": {"images": ["gone.nii.gz", "near/e2.nii.gz"]}}
+    entries |= {"f": {"images": ["near/f2.nii.gz", "near/f2.nii.gz"], "label": 7}}
+    entries |= {"g": {"images": ["near", "near/g.nrrd"]}}
     write(tmp_path, dataset=entries)
     listing = layouts.list_cases("nnunet", tmp_path, ("FLAIR", "T1"))
     assert [case.name for case in listing.cases] == ["a", "b", "e"]
@@ -122,7 +124,9 @@ def test_explicit_paths_of_each_case(tmp_path, monkeypatch):
     assert "case 'c' must have 2 images" in said[0] and "case 'd'" in said[1]
     assert "T1 of case e: gone.nii.gz: no such file" in said[2]
     assert "label of case f: 7: no such file" in said[3] and "is FLAIR and T1 of case f" in said[4]
-    with pytest.raises(UserError, match=r"case 'c' .* \(4 more; python -m entrust_jax\.check lists them all\)"):
+    assert "FLAIR of case g: near/g.nrrd: is .nrrd, a format that is not read" in said[5]
+    assert "T1 of case g: near: is a folder; give the file" in said[6]
+    with pytest.raises(UserError, match=r"case 'c' .* \(6 more; python -m entrust_jax\.check lists them all\)"):
         layouts.find_cases("nnunet", tmp_path, ("FLAIR", "T1"))
 
 
