@@ -66,7 +66,7 @@ def inspect(config: Any, output: Path) -> tuple[dict[str, Any], list[str]]:
 
     data = config.data
     modalities, classes = tuple(data.modalities), tuple(data.classes)
-    cases, mistakes = survey.cases_of(data)
+    cases, mistakes, notes = survey.cases_of(data)
     pictured = set(np.linspace(0, len(cases) - 1, min(PICTURED, len(cases))).round().astype(int).tolist())
     findings, glimpses = [], []
     with logs.progress("cases", len(cases)) as show:
@@ -81,7 +81,7 @@ def inspect(config: Any, output: Path) -> tuple[dict[str, Any], list[str]]:
     curves.save(contact.sheet(glimpses, modalities, classes, title), output / "check.png")
 
     found = survey.summary(findings, modalities, classes)
-    warnings = [line for finding in findings for line in finding.warnings]
+    warnings = [*notes, *(line for finding in findings for line in finding.warnings)]
     errors = [mistake.text for mistake in mistakes] + [finding.error for finding in findings if finding.error]
     warnings += survey.exchanged(findings, modalities) + survey.odd_spacings(findings)
     warnings += survey.repeated(findings)

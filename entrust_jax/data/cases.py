@@ -61,10 +61,14 @@ class Mistake(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """The cases of a data set. What is doubtful is in none of them, but among the mistakes."""
+    """The cases of a data set. What is doubtful is in none of them, but among the mistakes.
+
+    notes: a line for everything else that a person should know; it stops nothing.
+    """
 
     cases: list[Case]
     mistakes: list[Mistake]
+    notes: tuple[str, ...] = ()
 
 
 def case_number(name: str) -> int:

@@ -36,7 +36,7 @@ def phantom_spec(data: Any) -> phantom.Spec:
 def split(data: Any, path: Path) -> tuple[dict[str, list[str]], list[str]]:
     """Case names of train, val, calibration and test, from `path` if it is there, else drawn and written; and a line
 
-    for everything that a person should know of a new split.
+    for everything that a person should know of the listing and of a new split.
 
     A phantom's parts are consecutive numbers, as many as config.data.phantom.cases says. Raises UserError when the data
     is missing or `path` was drawn for other cases.
@@ -50,8 +50,10 @@ def split(data: Any, path: Path) -> tuple[dict[str, list[str]], list[str]]:
             first += count
         write_json(path, parts | {"drawn_with": {"cases": list(data.phantom.cases)}})
         return parts, []
-    draw = splits.load_or_draw(path, find(data), data.split, None if path.exists() else _given(data))
-    return draw.parts, draw.lines
+    found = listing(data)
+    cases = layouts.without_mistakes(found)
+    draw = splits.load_or_draw(path, cases, data.split, None if path.exists() else _given(data))
+    return draw.parts, [*found.notes, *draw.lines]
 
 
 def check(data: Any, path: Path | None = None) -> None:

@@ -187,7 +187,7 @@ def list_cases(
         said = f"{place}: holds no case with any of {', '.join(modalities)}; {mend}"
         refuse_formats(place, said)
         raise UserError(said)
-    return Listing(cases, mistakes)
+    return Listing(cases, mistakes, found.notes)
 
 
 def _below(place: Path, find: Callable[[Path, Names], Listing], known: Names) -> list[str]:

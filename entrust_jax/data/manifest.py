@@ -3,7 +3,8 @@
 CSV: a row per case; columns case, patient (optional), one per modality, label (optional); an empty cell is a missing
 file. JSON: [{"case": ..., "patient": ..., "images": {"T1": path, ...}, "label": path}, ...]. Paths are relative to the
 manifest's own folder, or absolute. Several raters: columns label, label2, label3, ... (JSON: a list of paths); a rater
-who saw nothing has an empty mask, one who did not look at the case has an empty cell (JSON: null).
+who saw nothing has an empty mask, one who did not look at the case has an empty cell (JSON: null). A column that is
+not read is named; one that looks like the patient, a mask or a split under another name is a mistake.
 """
 
 import csv
@@ -37,6 +38,23 @@ from entrust_jax.errors import UserError
 NAMES = ("manifest.csv", "manifest.json")
 OWN = ("case", "patient")  # columns that are no modalities; so are the labels
 LABEL = re.compile(r"label\d{0,3}")
+# Words that may stand around those of MISNAMED: patient_id, PatientName, lesion_mask, seg_path, cv_fold.
+AROUND = "(?:id|no|nr|num|number|name|code|key|path|file|nii|study|anon|manual|expert|rater|lesion|tumou?r|cv)*"
+# What a column that is not read must not look like, by the letters of its name, and what to do with it.
+MISNAMED = {
+    "patient": (
+        re.compile(f"{AROUND}(?:patient|pat|subject|subj?|participant|person|pid|mrn)s?{AROUND}"),
+        "call it patient, so that the cases of one stay in one part of the split, or remove it",
+    ),
+    "label": (
+        re.compile(f"{AROUND}(?:mask|segm?|segmentation|annotation|groundtruth|gt|roi)s?{AROUND}"),
+        "call it label (of further raters label2, label3, ...), or remove it",
+    ),
+    "split": (
+        re.compile(f"{AROUND}(?:split|fold|partition)s?{AROUND}"),
+        "remove it: config.data.split says who tests, by test_pattern or by folds",
+    ),
+}
 
 
 class Row(NamedTuple):
@@ -70,7 +88,8 @@ def manifest_cases(place: Path, known: Names) -> Listing:
     """The cases of a manifest, `place` being the file or its folder; a column may have any of its modality's names.
 
     Mistakes are lines with too many cells, a case without a name or named twice, a scan that is not there or cannot be
-    read. Raises UserError for a file that cannot be read and a modality without a column.
+    read, and a column whose name is not the one that is read (MISNAMED). Raises UserError for a file that cannot be
+    read and a modality without a column.
     """
     path = locate(place)
     rows, mistakes = _json_rows(path) if path.suffix.lower() == ".json" else _csv_rows(path)
@@ -82,6 +101,7 @@ def manifest_cases(place: Path, known: Names) -> Listing:
                 " set config.data.modalities to some of these, or name the column in config.data.names"
             )
     cases: dict[str, Case] = {}
+    read: set[str] = set()
     for row in rows:
         if not row.case:
             mistakes.append(Mistake(f"{path}, {row.where}: the case has no name; fill in its case"))
@@ -91,6 +111,7 @@ def manifest_cases(place: Path, known: Names) -> Listing:
             # A JSON entry may name its modalities otherwise than the one before it.
             chosen = {modality: one_of(row.images, own, modality, str(path)) for modality, own in known.items()}
             given = [(modality, row.images[column]) for modality, column in chosen.items() if column is not None]
+            read |= {column.lower() for column in chosen.values() if column is not None}
             found: dict[str, list[Path]] = {}
             for what, file in (*given, *row.labels.items()):
                 said = why_no_scan(path.parent / file) if file else None
@@ -106,7 +127,30 @@ def manifest_cases(place: Path, known: Names) -> Listing:
             raters = tuple(case.images[what] for what in more if what in case.images)
             cases[row.case] = dataclasses.replace(case, images=images, raters=raters)
             mistakes += [Mistake(f"{path}, {row.where}: {mistake.text}", mistake.files) for mistake in wrong]
-    return Listing([cases[name] for name in sorted(cases)], mistakes)
+    wrong, notes = _unread(path, rows, [name for lower, name in sorted(there.items()) if lower not in read])
+    return Listing([cases[name] for name in sorted(cases)], wrong + mistakes, notes)
+
+
+def _unread(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> tuple[list[Mistake], tuple[str, ...]]:
+    """What is said of columns that nothing reads: those that must have another name, and a line for the rest.
+
+    Beside a patient, or a label, that is read a second one is nothing but a column more.
+    """
+    has = {"patient": any(row.patient for row in rows), "label": any(row.labels for row in rows), "split": False}
+    mistakes, others = [], []
+    for column in columns:
+        letters = re.sub("[^a-z]", "", column.lower())
+        mends = [mend for what, (like, mend) in MISNAMED.items() if not has[what] and like.fullmatch(letters)]
+        if mends:
+            mistakes.append(Mistake(f"{path}: column {_shown(column)} is not read; {mends[0]}"))
+        else:
+            others.append(_shown(column))
+    words = (
+        f"columns {', '.join(others)} are no modalities"
+        if len(others) > 1
+        else f"column {''.join(others)} is no modality"
+    )
+    return mistakes, ((f"{path}: {words} of the config; not read",) if others else ())
 
 
 def _shown(text: str) -> str:
@@ -135,7 +179,7 @@ def _csv_rows(path: Path) -> tuple[list[Row], list[Mistake]]:
         text = text.partition("\n")[2].lstrip()
     before = whole[: len(whole) - len(text)].count("\n")  # lines, so that a mistake is named with the file's own
     separator = max(",;\t", key=text.partition("\n")[0].count)  # spreadsheets write what their country writes
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     rows: list[Row] = []
     mistakes: list[Mistake] = []
     try:

@@ -64,14 +64,14 @@ class Sample(NamedTuple):
     body: Bool[np.ndarray, "h w"]
 
 
-def cases_of(data: Any) -> tuple[list[Case] | list[str], list[Mistake]]:
-    """What there is to look at, scans or the names of a few phantoms, and every mistake in the listing.
+def cases_of(data: Any) -> tuple[list[Case] | list[str], list[Mistake], tuple[str, ...]]:
+    """What there is to look at, scans or the names of a few phantoms, and every mistake and note of the listing.
 
     Raises UserError where there is no data.
     """
     if data.layout != "phantom":
         return dataset.listing(data)
-    return [phantom.case_name(number) for number in range(min(16, sum(data.phantom.cases)))], []
+    return [phantom.case_name(number) for number in range(min(16, sum(data.phantom.cases)))], [], ()
 
 
 def look(data: Any, case: Case | str, seed: int) -> tuple[Finding, Glimpse | None]:

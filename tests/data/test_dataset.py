@@ -40,15 +40,22 @@ def test_a_pattern_that_does_not_fit_is_one_clear_error(pattern, said):
 
 def table(folder, patients, more=""):
     """A manifest of cases with a scan and a mask each, one patient a case as named."""
-    rows = ["case,patient,T1,label"]
+    rows = ["case,patient,T1,age,label"]
     for i, patient in enumerate(patients):
         for name in ("t1", "seg"):
             (folder / f"{i}_{name}.nii.gz").touch()
-        rows.append(f"c{i:02d},{patient},{i}_t1.nii.gz,{i}_seg.nii.gz")
+        rows.append(f"c{i:02d},{patient},{i}_t1.nii.gz,50,{i}_seg.nii.gz")
     (folder / "manifest.csv").write_text("\n".join(rows) + "\n" + more)
     split = {"seed": 0, "folds": 4, "fold": 0, "test_pattern": ""}
     values = {"layout": "manifest", "dir": str(folder), "source": "", "modalities": ("T1",), "names": {}}
     return ConfigDict(values | {"patient_pattern": "", "split": split})
+
+
+def test_training_is_told_of_columns_that_nothing_reads(tmp_path):
+    data = table(tmp_path, range(12))
+    for _ in range(2):  # with a split that was kept, too
+        _, lines = dataset.split(data, tmp_path / "w" / "splits.json")
+        assert lines == [f"{tmp_path}/manifest.csv: column age is no modality of the config; not read"]
 
 
 def test_a_kept_split_that_tears_a_patient_apart_is_told_before_anything_is_compiled(tmp_path):

@@ -85,6 +85,15 @@ def test_without_a_patient_every_case_is_one(tmp_path):
         ("case,T1\n,1.nii.gz\n", "line 2: the case has no name"),
         ("", "has no column case"),
         ("case,T1\n", "has no modality T1, it has none"),
+        ("case,patient_id,T1\na,p,1.nii.gz\n", "column patient_id is not read; call it patient"),
+        ("case,PatientID,T1\na,p,1.nii.gz\n", "column PatientID is not read; call it patient"),
+        ("case,patient,Subject,T1\na,,s,1.nii.gz\n", "column Subject is not read; call it patient"),
+        ("case,pid,T1\na,p,1.nii.gz\n", "column pid is not read; call it patient"),
+        ("case,T1,mask\na,1.nii.gz,1.nii.gz\n", "column mask is not read; call it label"),
+        ("case,T1,Lesion_Seg\na,1.nii.gz,\n", "column Lesion_Seg is not read; call it label"),
+        ("case,T1,segmentation2\na,1.nii.gz,\n", "column segmentation2 is not read; call it label"),
+        ("case,T1,split\na,1.nii.gz,test\n", r"column split is not read; remove it: config\.data\.split"),
+        ("case,T1,cv_fold\na,1.nii.gz,0\n", "column cv_fold is not read; remove it"),
         ("case,T1\na,plain\n", r"line 2: T1 of case a: plain: is a folder; give the file of the scan"),
         ("case,T1\na,series\n", "line 2: T1 of case a: series: is a folder of DICOM files; convert .* dcm2niix"),
         ("case,T1\na,series/IM1\n", "line 2: T1 of case a: series/IM1: is a DICOM file; convert .* dcm2niix"),
@@ -102,6 +111,36 @@ def test_mistakes_in_a_table_are_named_with_their_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         layouts.find_cases("manifest", tmp_path, ("T1",))
     assert str(tmp_path / "manifest.csv") in str(error.value)
+
+
+def test_a_column_that_is_not_read_is_named_and_stops_nothing(tmp_path):
+    scans(tmp_path, "1.nii.gz", "2.nii.gz", "3.nii.gz", "4.nii.gz")
+    (tmp_path / "manifest.csv").write_text(
+        "case,patient,subject_id,T1,MPRAGE,t1w,age,Brain_Mask,label\na,p,s,1.nii.gz,2.nii.gz,3.nii.gz,50,,4.nii.gz\n"
+    )
+    found = layouts.list_cases("manifest", tmp_path, ("T1",))
+    assert found.mistakes == [] and found.cases[0].images["T1"].name == "1.nii.gz"  # beside a patient it is one more
+    assert found.notes == (
+        f"{tmp_path}/manifest.csv: columns age, Brain_Mask, MPRAGE, subject_id, t1w are no modalities of the config;"
+        " not read",
+    )
+    # What the config names, or knows as a synonym, is read, whatever it looks like.
+    (tmp_path / "manifest.csv").write_text("case,t1w,mask,seg\na,1.nii.gz,2.nii.gz,3.nii.gz\n")
+    found = layouts.list_cases("manifest", tmp_path, ("T1", "MASK", "PET"), {"PET": ("seg",)})
+    assert found.mistakes == [] and found.notes == () and len(found.cases[0].images) == 3
+    # In JSON too.
+    (tmp_path / "manifest.csv").unlink()
+    entries = [{"case": "a", "images": {"T1": "1.nii.gz", "gt": "2.nii.gz", "x": "3.nii.gz"}}]
+    (tmp_path / "manifest.json").write_text(json.dumps(entries))
+    found = layouts.list_cases("manifest", tmp_path, ("T1",))
+    assert "column gt is not read; call it label" in found.mistakes[0].text and "column x is no" in found.notes[0]
+
+
+def test_blanks_after_commas(tmp_path):
+    scans(tmp_path, "a, b/1.nii.gz", "2.nii.gz")
+    (tmp_path / "manifest.csv").write_text('case, T1, "label"\n"a", "a, b/1.nii.gz", "2.nii.gz"\n')
+    (case,) = layouts.find_cases("manifest", tmp_path, ("T1",))
+    assert case.images["T1"] == tmp_path / "a, b/1.nii.gz" and case.label == tmp_path / "2.nii.gz"
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def test_missing_and_misspelt_files_get_a_line(folder):
 def test_files_of_a_mistake_have_their_line_already(folder):
     (folder / "a" / "a_t1w.nii.gz").write_bytes(b"")
     options = data(folder)
-    cases, mistakes = survey.cases_of(options)
+    cases, mistakes, _ = survey.cases_of(options)
     assert len(cases) == 4 and "case a has two files for T1" in mistakes[0].text and len(mistakes) == 1
     scans = [case for case in cases if isinstance(case, layouts.Case)]
     assert survey.unused(options, scans, mistakes) == []
