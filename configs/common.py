@@ -104,5 +104,13 @@ def get_config() -> Any:
             "coverage": 0.9,  # of the intervals of Dice and volumes; and how sure the inner mask is of its share
         }
     )
-    config.unet = ConfigDict({"widths": (16, 32, 48, 64), "dice": 0.0, "members": 5})
+    config.unet = ConfigDict(
+        {
+            "widths": (16, 32, 48, 64),
+            "dice": 0.0,
+            "members": 5,
+            "dropout": 0.0,  # share of channels left out, in training and in each of `passes` at inference
+            "passes": 16,
+        }
+    )
     return config

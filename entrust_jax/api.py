@@ -39,6 +39,7 @@ ADDED = {
     },
     "model": {"strides": [], "compute": "float32", "remat": False},
     "trust": {"fnr": 0.1, "fdr": 0.1, "coverage": 0.9},
+    "unet": {"dropout": 0.0, "passes": 16},
 }
 
 
@@ -144,6 +145,13 @@ def load(workdir: Path | str) -> Trained:
     )
 
 
+def with_hypotheses(trained: Trained, count: int) -> Trained:
+    """The same model, which draws so many hypotheses of a case; a U-Net with dropout takes so many passes."""
+    config = trained.config.copy_and_resolve_references()
+    config.diffusion.hypotheses = config.unet.passes = count
+    return dataclasses.replace(trained, config=config, network=network_of(config))
+
+
 def read_conformal(path: Path, regions: tuple[str, ...]) -> dict[str, Any] | None:
     """The guarantees of a working folder; None where it has none. Raises UserError where they are damaged."""
     try:
@@ -233,7 +241,8 @@ def predict_volume(trained: Trained, volume: Volume, probed: bool = True) -> dic
     """Segmentation, calibrated uncertainty, reasons and guarantees of one case: the maps and records of
 
     `inference.finish`, and under "conformal" what `conformal.apply` returns. The predicted Dice is corrected by the
-    calibration patients where that helps (`conformal.dice_map`).
+    calibration patients where that helps (`conformal.dice_map`); the trust score keeps the one before, whose order is
+    the same without the ties that such a map makes.
 
     The volume is on its scan's own grid, and so are the maps, whatever the network's working spacing. Without `probed`
     nothing is asked for the reasons, which saves almost half of the time; a learned head needs them.

@@ -83,7 +83,8 @@ def inspect(config: Any, output: Path) -> tuple[dict[str, Any], list[str]]:
     found = survey.summary(findings, modalities, classes)
     warnings = [*notes, *(line for finding in findings for line in finding.warnings)]
     errors = [mistake.text for mistake in mistakes] + [finding.error for finding in findings if finding.error]
-    warnings += survey.exchanged(findings, modalities) + survey.repeated(findings) + survey.absent(findings, classes)
+    warnings += survey.exchanged(findings, modalities) + survey.odd_spacings(findings)
+    warnings += survey.repeated(findings) + survey.absent(findings, classes)
     if data.layout == "phantom":
         found["working_spacing"] = dataset.plan_spacing(data, [finding.name for finding in findings])["spacing"]
         one = [finding.name for finding in findings[:1]]

@@ -22,7 +22,7 @@ from absl import flags
 
 from entrust_jax import api, cli, inference, networks
 from entrust_jax.baselines import location as baseline
-from entrust_jax.data import preprocess, resampling
+from entrust_jax.data import preprocess, resampling, scans
 from entrust_jax.errors import UserError
 from entrust_jax.metrics import calibration, comparison, conflict, lesions, scoring, summary, usefulness
 from entrust_jax.report import curves
@@ -145,7 +145,7 @@ def read_volumes(
         for problem in problems:
             print(f"{name}: {problem}")
         volumes[name] = sorted(found, key=lambda volume: volume.name)
-        if any(preprocess.is_picture(volume.reference) for volume in found if volume.reference):
+        if any(scans.is_picture(volume.reference) for volume in found if volume.reference):
             warnings[name].append("pictures do not say how large a pixel is: 1 mm is taken, so no mm or ml is real")
             print(f"{name}: {warnings[name][-1]}")
         unlabelled = [volume.name for volume in volumes[name] if volume.label is None]
@@ -185,8 +185,8 @@ def score_all(
         case = {name: own[i] for name, own in volumes.items()}
         for name, trained in methods.items():
             multiple = networks.multiple(trained.config)
-            own = resampling.Lattice(case[name].body.shape, case[name].spacing)
-            slices, *sides = resampling.working(own, trained.spacing).sizes
+            own, scan = resampling.lattice_of(case[name]), case[name].reference or case[name].name
+            slices, *sides = resampling.working(own, trained.spacing, scan).sizes
             chunk = inference.chunk_size(slices, trained.mesh)
             size = (name, (chunk, *(-(-side // multiple) for side in sides)))
             if not networks.volumetric(trained.config) and size not in met:
@@ -345,12 +345,12 @@ def draw_risk_coverage(path: Path, scores: Mapping[str, Sequence[scoring.Scores]
     """Mean risk against the share of patients kept, with each method's best possible order."""
     lines, best = {}, {}
     for name, cases in scores.items():
-        pairs = summary.risk_and_confidence(summary.join_patients(cases))
-        pairs = pairs[np.isfinite(pairs).all(axis=1)]
-        if len(pairs):
-            lines[name] = usefulness.risk_coverage(pairs[:, 0], pairs[:, 1])
-            best[name] = usefulness.risk_coverage(pairs[:, 0], -pairs[:, 0])
-    curves.save(curves.risk_coverage_figure(lines, "Risk against coverage, by mean error probability", best), path)
+        ranked = summary.risk_and_confidence(summary.join_patients(cases))
+        ranked = ranked[np.isfinite(ranked).all(axis=1)]
+        if len(ranked):
+            lines[name] = usefulness.risk_coverage(ranked[:, 0], ranked[:, 1])
+            best[name] = usefulness.risk_coverage(ranked[:, 0], -ranked[:, 0])
+    curves.save(curves.risk_coverage_figure(lines, "Risk against coverage, in the order of referral", best), path)
 
 
 def draw_conflict(path: Path, name: str, cases: Sequence[scoring.Scores]) -> None:
@@ -375,8 +375,9 @@ def print_headline(results: Mapping[str, Any]) -> None:
         "lesion_f1",
         "ece_classwise_roi",
         "error_auroc",
-        "aurc",
+        *summary.AREAS,
         "predicted_dice_mae",
+        "predicted_dice_spearman",
         *summary.RATER_METRICS,
         "diversity",
         "rater_diversity",
@@ -388,6 +389,7 @@ def print_headline(results: Mapping[str, Any]) -> None:
             if one and one["value"] is not None:
                 interval = "" if one["ci95"] is None else f"  [{one['ci95'][0]:.4g}, {one['ci95'][1]:.4g}]"
                 sets = f", N={one['hypotheses']}, R={_span(one['raters'])}" if "raters" in one else ""
+                sets += f", random {one['random']:.4g}, best {one['oracle']:.4g}" if "random" in one else ""
                 print(f"{key + (' ' + stage if stage else ''):28s} {one['value']:.4g}{interval}  n={one['n']}{sets}")
     for key, found in results.get("conformal", {}).items():
         for region, one in [("", found)] if "value" in found else found.items():

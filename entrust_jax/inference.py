@@ -175,14 +175,28 @@ def probe(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"))
-def ensemble(params: Any, batch: dict[str, Array], *, model: UNet, mesh: Mesh) -> Array:
-    """Probabilities of every stacked U-Net, [b n *s k]."""
+def ensemble(params: Any, batch: dict[str, Array], key: Array, *, model: UNet, mesh: Mesh) -> Array:
+    """Probabilities of every stacked U-Net, [b n *s k]; with dropout those of all its passes, n = members x passes.
 
-    def local(params, batch):
-        logits = over_members(lambda p: apply(model, p, batch["image"], batch["present"], batch["body"]))(params)
+    Pass j of member i draws from `key` folded with i, the case and j: the same whatever is in the batch.
+    """
+
+    def passed(params, batch, key, number):
+        fold = jax.random.fold_in
+        noise = jax.vmap(lambda case: fold(fold(key, case), number))(batch["case"])
+        return apply(model, params, batch["image"], batch["present"], batch["body"], noise)
+
+    def local(params, batch, key):
+        if model.dropout:
+            own = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(jax.tree.leaves(params)[0])))
+            each = over_members(lambda p, k: jax.lax.map(lambda j: passed(p, batch, k, j), jnp.arange(model.passes)))
+            logits = jnp.concatenate(each(params, own))
+        else:
+            logits = over_members(lambda p: apply(model, p, batch["image"], batch["present"], batch["body"]))(params)
         return jnp.moveaxis(jax.nn.softmax(in_body(logits, batch["body"][None]), axis=-1), 0, 1)
 
-    return jax.shard_map(local, mesh=mesh, in_specs=(_WHOLE, _DATA), out_specs=_DATA, check_vma=False)(params, batch)
+    split = jax.shard_map(local, mesh=mesh, in_specs=(_WHOLE, _DATA, _WHOLE), out_specs=_DATA, check_vma=False)
+    return split(params, batch, key)
 
 
 def chunk_size(slices: int, mesh: Mesh) -> int:
@@ -295,6 +309,7 @@ def examine(
 def examine_unet(
     params: Any,
     volume: Volume,
+    key: Array,
     *,
     model: UNet,
     mesh: Mesh,
@@ -302,10 +317,10 @@ def examine_unet(
     tau: float,
     slices: int | None = None,
 ) -> Raw:
-    """As `examine`, for a U-Net or a deep ensemble of them: members take the place of hypotheses."""
+    """As `examine`, for a U-Net or a deep ensemble of them: members, or passes, take the place of hypotheses."""
     batch = pipeline.evaluation_slices(volume, multiple=multiple)
     size = chunk_size(len(batch["valid"]), mesh)
-    parts = [ensemble(params, piece, model=model, mesh=mesh) for piece in pipeline.chunks(batch, size)]
+    parts = [ensemble(params, piece, key, model=model, mesh=mesh) for piece in pipeline.chunks(batch, size)]
     members = _rows(parts, len(batch["valid"]))
     kept, weight = keep(active_slices(members.mean(axis=1), batch["body"]), batch["body"], slices)
     members = members[kept]
@@ -499,7 +514,14 @@ def finish(
     voxel_ml = float(np.prod(volume.spacing)) / 1000
     out["regions"] = case.volumes(raw.get("hypotheses", raw["label"][None]), regions, voxel_ml)
     out["trust"] = case.trust(
-        e, raw["probability"], volume.body, voxel_ml, raw["predicted_dice"], out.get("conflict"), raw.get("gap")
+        e,
+        raw["probability"],
+        raw["label"],
+        volume.body,
+        voxel_ml,
+        raw["predicted_dice"],
+        out.get("conflict"),
+        raw.get("gap"),
     )
     out["seconds"] = time.perf_counter() - started
     return out

@@ -80,12 +80,13 @@ def examine_with(
     """`api.examine` for parameters that are not in a working folder yet (the trainer's calibration stage)."""
     rooms = windows if volumetric(config) else inference
     shared = {"model": network, "mesh": devices, "slices": slices} | extent(config)
+    key = jax.random.key(config.seed)
     if isinstance(network, unet.UNet):
-        return rooms.examine_unet(params, volume, tau=tau, **shared)
+        return rooms.examine_unet(params, volume, key, tau=tau, **shared)
     return rooms.examine(
         params,
         volume,
-        jax.random.key(config.seed),
+        key,
         sampler=inference.sampler_of(config),
         hypotheses=config.diffusion.hypotheses,
         probed=probed,

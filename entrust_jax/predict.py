@@ -5,7 +5,8 @@ instead of files. Writes the segmentation, its uncertainty, the reasons and what
 reference scan's geometry, report.json and overview.png.
 
 --cases=FOLDER predicts every folder in it, each into a folder of its own name under --output, and writes referral.csv:
-the cases in the order in which a person should look at them, the least trusted first.
+the cases in the order in which a person should look at them, the least trusted first. The lower the predicted Dice,
+the less a case is trusted; those in which nothing was found come before all others.
 
 Before anything is predicted, a line warns of every scan that does not look like those of training.
 """
@@ -21,6 +22,7 @@ from typing import Any
 from absl import flags
 
 from entrust_jax import cli
+from entrust_jax.data.cases import refuse_dicom
 from entrust_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -79,14 +81,14 @@ def main(argv: Sequence[str]) -> None:
 
 def read(config: Any, case: Any) -> tuple[Any, list[str]]:
     """The scans of a case, and a sentence for whatever is lost with those that are missing."""
-    from entrust_jax.data import dataset, preprocess
+    from entrust_jax.data import dataset, preprocess, scans
 
     data = config.data
     modalities = tuple(data.modalities)
     volume = preprocess.read_volume(case, **dataset.reading(data))
     present = [name for name, there in zip(modalities, volume.present, strict=True) if there]
     lost = losses(present, modalities, data.reference)
-    if volume.reference is not None and preprocess.is_picture(volume.reference):
+    if volume.reference is not None and scans.is_picture(volume.reference):
         lost.append("A picture does not say how large its pixels are: 1 mm is taken, so no volume or distance is real.")
     return volume, lost
 
@@ -158,7 +160,9 @@ def predict_folders(config: Any, workdir: Path, folders: Sequence[Path], output:
             continue
         unlike = {} if prediction["compared"] is None else {"unlike": " ".join(prediction["compared"]["unlike"])}
         rows.append({"case": folder.name} | prediction["trust"] | unlike)
-        print(f"  trust {prediction['trust']['score']:.4f}, {prediction['seconds']:.1f} s", flush=True)
+        trust = prediction["trust"]
+        words = "nothing found" if trust["nothing_found"] else f"trust {trust['score']:.4f}"
+        print(f"  {words}, {prediction['seconds']:.1f} s", flush=True)
     if rows:
         logs.write_bytes(output / REFERRAL, referral(rows).encode())
         print(f"least trusted first: {output / REFERRAL}")
@@ -167,8 +171,8 @@ def predict_folders(config: Any, workdir: Path, folders: Sequence[Path], output:
 
 
 def referral(rows: Sequence[dict[str, Any]]) -> str:
-    """The cases as CSV in order of review, the least trusted first."""
-    ordered = sorted(rows, key=lambda row: (row["score"], row["case"]))
+    """The cases as CSV in order of review, the least trusted first; see `trustmap.case.trust`."""
+    ordered = sorted(rows, key=lambda row: (row["score"], -row["mean_error"], row["case"]))
     text = io.StringIO()
     table = csv.DictWriter(text, ["review", *ordered[0]], lineterminator="\n")
     table.writeheader()
@@ -197,8 +201,8 @@ def parse_folders(arguments: Sequence[str], case: str | None, cases: str | None)
 def parse_files(arguments: Sequence[str], case: str | None) -> dict[str, Path]:
     """The MODALITY=FILE arguments; none with --case. That the model knows them is checked later.
 
-    Raises UserError for an argument of another form, a modality given twice, a missing file, no scan at all,
-    and both forms at once.
+    Raises UserError for an argument of another form, a modality given twice, a missing file, a folder, one file for two
+    modalities, no scan at all, and both forms at once.
     """
     if case is not None:
         if arguments:
@@ -215,9 +219,15 @@ def parse_files(arguments: Sequence[str], case: str | None) -> dict[str, Path]:
             raise UserError(f"{argument}: is not of the form MODALITY=FILE, such as FLAIR=flair.nii.gz")
         if any(name.lower() == known.lower() for known in files):
             raise UserError(f"{argument}: {name} is given twice; keep one of the files")
-        if not Path(file).is_file():
+        path = Path(file)
+        if path.is_dir():
+            refuse_dicom(path)
+            raise UserError(f"{file}: is a folder; give the {name} scan itself, a .nii.gz file, or --case=FOLDER")
+        if not path.is_file():
             raise UserError(f"{file}: no such file; give the path of the {name} scan")
-        files[name] = Path(file)
+        if same := next((known for known, other in files.items() if other.samefile(path)), None):
+            raise UserError(f"{file}: is given for {same} and for {name}; give each its own file")
+        files[name] = path
     return files
 
 

@@ -38,7 +38,7 @@ from entrust_jax.training.stages import (
 )
 from entrust_jax.training.validation import validate, validation_batches, warn_of_lost_conflict
 from entrust_jax.training.values import check_values
-from entrust_jax.trustmap import calibration, case, conformal, ood
+from entrust_jax.trustmap import calibration, case, conformal, explanation, ood
 
 NETWORK_STAGES = {"entrust": ("enfuse", "segdiff"), "unet": ("unet",), "deep_ensemble": ("unet",)}
 MAX_BAD_STEPS = 20  # consecutive steps without a finite gradient before the run gives up
@@ -417,10 +417,8 @@ def calibrate(
     found = calibration.select(data, jax.random.key(config.seed), config.train.head_steps)
     logs.write_bytes(workdir / "calibration.npz", _npz(found["params"]))
     table = found["table"]
-    logs.write_json(
-        workdir / "calibration.json",
-        {"tau": tau, "chosen": found["chosen"], "table": table, "note": found["note"], "patients": found["patients"]},
-    )
+    meta = {"tau": tau, "chosen": found["chosen"], "table": table, "note": found["note"], "patients": found["patients"]}
+    logs.write_json(workdir / "calibration.json", meta | {"thresholds": explanation.THRESHOLDS})
     print(f"calibration: {found['patients']} patients, {time.perf_counter() - began:.0f} s; {found['note']}")
     for name, row in table.items():
         mark = " <- chosen" if name == found["chosen"] else ""

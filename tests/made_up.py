@@ -1,13 +1,18 @@
-"""Scans and parameters out of a generator of random numbers, for tests of what is done with them."""
+"""Scans, their files and parameters out of a generator of random numbers, for tests of what is done with them."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import nibabel
 import numpy as np
+from PIL import Image
 
 from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
+
+AFFINE = np.diag([2.0, 3.0, 4.0, 1.0])
 
 
 def volume(body: np.ndarray, present: Sequence[bool] = (True, True)) -> Volume:
@@ -40,3 +45,26 @@ def parameters(init: Callable[..., Any], *arguments: Any) -> Any:
     shapes = jax.eval_shape(init, *arguments)
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda leaf: (0.4 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
+
+
+def head(shape=(16, 14, 6), seed=0):
+    """A bright ellipse on a noisy background."""
+    rng = np.random.default_rng(seed)
+    x, y, _ = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    return (rng.uniform(0, 3, shape) + (x**2 + y**2 < 0.6) * rng.uniform(80, 120, shape)).astype(np.float32)
+
+
+def save(path: Path, values, affine=AFFINE, dtype=None) -> Path:
+    """Writes a scan as NIfTI."""
+    values = np.asarray(values)
+    nibabel.Nifti1Image(values.astype(dtype or values.dtype), affine).to_filename(path)
+    return path
+
+
+def picture(path: Path, seed=0, shape=(20, 26)) -> Path:
+    """A bright disc, brighter above (in front) than below, and darker to the left."""
+    rows, columns = np.indices(shape)
+    disc = (rows - 10) ** 2 + (columns - 13) ** 2 < 80
+    values = disc * (120 + 3 * (20 - rows) + columns) + np.random.default_rng(seed).integers(0, 4, shape)
+    Image.fromarray(values.astype(np.uint8)).save(path)
+    return path

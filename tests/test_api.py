@@ -1,5 +1,6 @@
 """Loading a working folder, and what is said of one that cannot be loaded."""
 
+import dataclasses
 import json
 import shutil
 
@@ -42,6 +43,17 @@ def test_cases_of_a_split(ensemble):
     everyone, _ = api.read_cases(ensemble, split="all")
     assert len(everyone) == 25 and len({volume.number for volume in everyone}) == 25
     assert ensemble.config.data.dir == ""
+
+
+def test_a_map_of_the_predicted_dice_leaves_the_order_of_referral(ensemble):
+    volume = api.read_cases(ensemble)[0][0]
+    level = {"knots": [0.0, 1.0], "values": [0.25, 0.25]}  # it would tie every case
+    promised = ensemble.conformal | {"dice_map": level, "dice": ensemble.conformal["dice"] | {"margin": None}}
+    before, after = (
+        api.predict_volume(dataclasses.replace(ensemble, conformal=one), volume) for one in (None, promised)
+    )
+    assert after["predicted_dice"] == after["trust"]["predicted_dice"] == 0.25 != before["predicted_dice"]
+    assert after["trust"]["score"] == before["trust"]["score"] == before["predicted_dice"]
 
 
 def test_a_folder_from_before_a_key_was_added_goes_on(ensemble, trained, tmp_path):

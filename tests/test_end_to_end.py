@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from entrust_jax import train
 from entrust_jax.runtime import checkpoint
+from entrust_jax.trustmap import explanation
 
 METHODS = ("entrust", "unet", "deep_ensemble")
 MODALITIES = ("T1", "T1ce", "T2", "FLAIR")
@@ -21,7 +22,8 @@ CASES = {"train": 8, "val": 4, "calibration": 9, "test": 4}
 ENFUSE, SEGDIFF, UNET = 6, 10, 8  # steps of the small run's stages
 FIGURES = (
     "dice", "hd95", "ece_classwise_roi", "ece_classwise_body", "nll", "brier", "error_auroc", "error_auprc", "aurc",
-    "predicted_dice_mae", "hypothesis_diversity", "seconds_per_case", "peak_memory_mb",
+    "aurc_referral", "predicted_dice_mae", "predicted_dice_spearman", "hypothesis_diversity", "seconds_per_case",
+    "peak_memory_mb",
 )  # fmt: skip
 
 
@@ -56,6 +58,7 @@ def test_a_trained_folder_explains_itself(trained, method):
     assert list((workdir / "tensorboard").glob("events*"))
     found = json.loads((workdir / "calibration.json").read_text())
     assert found["chosen"] in found["table"] and 0 < found["tau"] < 1
+    assert found["thresholds"] == explanation.THRESHOLDS
     found = json.loads((workdir / "conformal.json").read_text())
     assert found["patients"] == CASES["calibration"] and set(found["outer"]) == {"WT", "TC", "ET"}
     assert found["dice"]["margin"] >= 0 and all(one["patients"] <= 9 for one in found["outer"].values())
@@ -230,6 +233,8 @@ def test_summary_has_every_figure(comparison, method):
         assert all(stage["value"] is not None for stage in summary[name].values())
     for name in ("dice", "error_auroc", "aurc", "predicted_dice_mae", "seconds_per_case", "peak_memory_mb"):
         assert summary[name]["value"] is not None
+    for name in ("aurc_referral", "aurc"):
+        assert summary[name]["oracle"] <= min(summary[name]["value"], summary[name]["random"]) + 1e-12
     # Truth and prediction both empty: the case has no Dice, and is counted.
     assert summary["dice"]["n"] + summary["dice"]["empty"] == CASES["test"] and summary["method"] == method
     if not absent:
@@ -302,12 +307,13 @@ def test_prediction_from_all_modalities(trained, command, tmp_path):
     maps = maps_of(output)
     assert set(maps) == {
         "label", "probability", "error_probability", "entropy", "divergence", "conflict", "cause", "hypotheses",
-        *(f"attribution_{name}" for name in MODALITIES), *promised(workdir),
+        *(f"{kind}_{name}" for kind in ("attribution", "counterfactual") for name in MODALITIES), *promised(workdir),
     }  # fmt: skip
     check_geometry(maps, scans["T1ce"])
     check_values(maps)
     assert maps["probability"].shape[3] == 4 and maps["hypotheses"].shape[3] == 4
     assert set(np.unique(maps["hypotheses"].dataobj)) <= {0, 1, 2, 4}
+    assert all(set(np.unique(maps[f"counterfactual_{name}"].dataobj)) <= {0, 1, 2, 4} for name in MODALITIES)
     assert set(np.unique(maps["cause"].dataobj)) <= {0, 1, 2, 3, 4, 5}
     report = json.loads((output / "report.json").read_text())
     assert report["modalities"]["present"] == list(MODALITIES) and report["modalities"]["missing"] == []
@@ -338,13 +344,15 @@ def test_prediction_without_the_reference_and_from_turned_scans(trained, command
     assert "present T1, FLAIR; missing T1ce, T2" in done.stdout
     assert "Without T1ce the maps take the geometry of T1." in done.stdout
     maps = maps_of(output)
-    assert {name for name in maps if name.startswith("attribution")} == {"attribution_T1", "attribution_FLAIR"}
+    for kind in ("attribution", "counterfactual"):
+        assert {name for name in maps if name.startswith(kind)} == {f"{kind}_T1", f"{kind}_FLAIR"}
     assert "hypotheses" not in maps and maps["label"].shape == (48, 4, 48)
     check_geometry(maps, turned["T1"])
     check_values(maps)
     report = json.loads((output / "report.json").read_text())
     assert report["modalities"] == {"present": ["T1", "FLAIR"], "missing": ["T1ce", "T2"], "geometry_from": "T1.nii.gz"}
     assert report["absent"]["attribution_T2.nii.gz"] == "no T2 scan was given"
+    assert report["absent"]["counterfactual_T2.nii.gz"] == "no T2 scan was given"
 
 
 @pytest.mark.parametrize("method", ["unet", "deep_ensemble"])

@@ -63,6 +63,7 @@ def predict(case, sharpness=1.0, conflict=True, hypotheses=True):
         "error_probability": 1 - p.max(-1),
         "entropy": entropy,
         "predicted_dice": 0.9,
+        "trust": {"score": case.number * 5 % 11 // 2 / 10},  # two cases have each of them, and its order is no other's
         "seconds": 0.25,
     }
     if hypotheses:
@@ -104,6 +105,7 @@ def test_a_perfect_prediction_gets_perfect_scores():
         "probability_raw": certain,
         "error_probability": np.zeros(SHAPE, np.float32),
         "entropy": np.zeros(SHAPE, np.float32),
+        "trust": {"score": 1.0},
         "seconds": 1.0,
     }
     scored = evaluate.score_predictions({"m": prediction}, {"m": case}, TARGETS)["m"]
@@ -111,15 +113,15 @@ def test_a_perfect_prediction_gets_perfect_scores():
     assert found["dice"]["value"] == 1 and found["hd95"]["value"] == 0
     assert found["ece_classwise_roi"]["after"]["value"] == 0
     assert found["nll"]["after"]["value"] == 0 and found["brier"]["before"]["value"] == 0
-    assert found["aurc"]["value"] == 0
+    assert found["aurc"]["value"] == found["aurc_referral"]["value"] == 0
     assert found["error_auroc"]["value"] is None  # no error to find
     assert "hypothesis_diversity" not in found and "conflict_alignment" not in found
-    assert "predicted_dice_mae" not in found
+    assert "predicted_dice_mae" not in found and "predicted_dice_spearman" not in found
 
 
 def test_figures_of_many_patients(plain):
     found = summary.summarise(plain, TARGETS, resamples=200)
-    required = ["dice", "hd95", "error_auroc", "error_auprc", "aurc", "predicted_dice_mae"]
+    required = ["dice", "hd95", "error_auroc", "error_auprc", "aurc_referral", "aurc", "predicted_dice_mae"]
     required += ["hypothesis_diversity", "hypothesis_dice", "seconds_per_case", "entropy_auroc"]
     required += ["hd95_area_weighted", "nsd", "nsd_voxels", "lesion_dice", "lesion_hd95", "lesion_f1"]
     for key in required:
@@ -219,6 +221,41 @@ def test_pooled_figures_equal_those_of_all_voxels_together(plain):
     assert found["ece_classwise_roi_per_patient"]["after"]["value"] == pytest.approx(np.mean(per_patient))
 
 
+def with_values(scores, **columns):
+    """The scores with other values, one a case, under these names."""
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return [dataclasses.replace(one, values=one.values | row) for one, row in zip(scores, rows, strict=True)]
+
+
+def test_an_order_stands_beside_a_random_one_and_the_best(plain):
+    dice = np.array([0.2, 0.4, 0.6, 0.8])
+    own = with_values(plain[:4], dice=dice, trust=(0.1, 0.3, 0.3, 0.9), uncertainty=(0.0, 0.3, 0.2, 0.4))
+    found = summary.summarise(own, TARGETS)
+    best = np.mean([0.2, 0.3, 0.4, 0.5])  # of the best, the best two, the best three and all, by hand
+    for key in ("aurc_referral", "aurc"):
+        assert found[key]["random"] == pytest.approx(0.5) and found[key]["oracle"] == pytest.approx(best)
+        assert found[f"excess_{key}"]["value"] == pytest.approx(found[key]["value"] - best)
+    assert found["aurc_referral"]["value"] == pytest.approx(best)  # the tied by their uncertainty
+    assert found["aurc"]["value"] == pytest.approx(np.mean([0.8, 0.6, 0.6, 0.5]))  # worse than no order at all
+    none = summary.summarise(with_values(plain[:1], dice=[np.nan]), TARGETS)
+    assert none["aurc"]["value"] is None and "random" not in none["aurc"]
+
+
+def test_predicted_and_true_dice_are_compared_by_rank_over_the_patients(plain):
+    true = np.array([0.1, 0.9, 0.3, 0.5, 0.2, 0.8, 0.4, 0.6, 0.7, 0.35, 0.65])
+    guess = true**3  # far off, in the right order
+    guess[[0, 1]] = guess[[1, 0]]  # but for the worst and the best
+    found = summary.summarise(with_values(plain, predicted_dice=guess, dice_by_class=true), TARGETS, resamples=200)
+    one = found["predicted_dice_spearman"]
+    assert one["value"] == pytest.approx(1 - 6 * 2 * 10**2 / (11 * (11**2 - 1))) and one["n"] == 11
+    assert one["ci95"][0] < one["value"] <= one["ci95"][1] <= 1
+    few = with_values(plain[:9], predicted_dice=guess[:9], dice_by_class=true[:9])
+    few = summary.summarise(few, TARGETS)["predicted_dice_spearman"]
+    assert few["ci95"] is None and "fewer than 10" in few["reason"]
+    same = summary.summarise(plain, TARGETS, resamples=20)["predicted_dice_spearman"]  # .9 for all
+    assert same["value"] is None and same["reason"] == "undefined"
+
+
 def test_two_scans_of_a_patient_count_once():
     cases = [volume(0, "same"), volume(1, "same"), volume(2)]
     own = [evaluate.score_predictions({"m": predict(c)}, {"m": c}, TARGETS)["m"] for c in cases]
@@ -298,11 +335,16 @@ def test_comparison_is_paired(plain, sharp):
     assert len({line.count("|") for line in lines}) == 1
     for metric in ("hypothesis_diversity", "nsd", "lesion_dice", "lesion_f1"):
         assert any(line.startswith(f"| {metric}") for line in lines)
+    random = 1 - np.mean([one.values["dice"] for one in plain])
+    assert found["figures"]["other"]["aurc"]["random"] == pytest.approx(random)
+    for metric in summary.AREAS:  # of both methods, not of their difference
+        (line,) = [line for line in lines if line.startswith(f"| {metric} ")]
+        assert line.count(f"(n=11, random {random:.4g}, best ") == 2
     with pytest.raises(ValueError, match="different cases"):
         comparison.compare({"a": plain, "b": plain[:-1]})
 
 
-def test_results_of_one_method_are_written(tmp_path, plain):
+def test_results_of_one_method_are_written(tmp_path, plain, capsys):
     about = {"data": "phantom", "split": "test", "command": "c", "code_version": None}
     output = tmp_path / "W" / "evaluation"
     with output_files.whole_folder(output, evaluate.check_output) as folder:
@@ -316,6 +358,8 @@ def test_results_of_one_method_are_written(tmp_path, plain):
         "summary.json",
     ]
     found = json.loads((output / "summary.json").read_text(), parse_constant=pytest.fail)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("aurc_referral ")]
+    assert line.endswith(f"n=11, random {found['aurc']['random']:.4g}, best {found['aurc']['oracle']:.4g}")
     assert found["dice"]["n"] == 11 and found["about"]["conventions"]["roi"]
     assert found["peak_memory_mb"]["value"] > 50
     with (output / "cases.csv").open() as file:
@@ -579,7 +623,7 @@ def test_referral_leaves_the_better_cases(plain):
     found = summary.summarise(plain, TARGETS, resamples=20)["referral"]
     assert found["referred"] == pytest.approx([0, 1 / 11, 2 / 11, 3 / 11, 5 / 11])
     assert found["dice"][0] == pytest.approx(np.mean([one.values["dice"] for one in plain]))
-    order = sorted(plain, key=lambda one: one.values["uncertainty"])
+    order = sorted(plain, key=lambda one: (-one.values["trust"], one.values["uncertainty"]))
     assert found["dice"][-1] == pytest.approx(np.mean([one.values["dice"] for one in order[:6]]))
 
 

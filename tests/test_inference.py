@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import made_up
 from entrust_jax import inference
+from entrust_jax.baselines.unet import UNet
 from entrust_jax.data.body import coordinates
 from entrust_jax.model import EnTrust
 from entrust_jax.runtime.mesh import data_mesh
@@ -76,6 +77,53 @@ def test_chunks_and_devices_change_nothing(raw, monkeypatch, devices, chunk):
 )
 def test_short_scans_are_not_filled_up_to_a_whole_chunk(slices, devices, size):
     assert inference.chunk_size(slices, data_mesh(jax.devices()[:devices])) == size
+
+
+UNET = UNet(K, widths=(4, 8), strides=((2, 2),) * 2)
+
+
+@functools.cache
+def stacked(members):
+    """Parameters of so many U-Nets."""
+    batch = inference.pipeline.evaluation_slices(made_up.slices(), multiple=SIZE)
+    one = made_up.parameters(UNET.init, KEY, batch["image"], batch["present"], batch["body"])
+    return jax.tree.map(lambda x: np.stack([x * (1 + 0.1 * i) for i in range(members)]), one)
+
+
+def examine_unet(devices, members=1, key=KEY, case=None, **network):
+    return inference.examine_unet(
+        stacked(members), case or made_up.slices(), key, model=dataclasses.replace(UNET, **network),
+        mesh=data_mesh(jax.devices()[:devices]), multiple=SIZE, tau=0.5,
+    )  # fmt: skip
+
+
+def test_passes_with_dropout_take_the_place_of_members():
+    found = examine_unet(1, members=2, dropout=0.3, passes=3)
+    assert found["hypotheses"].shape == (6, DEPTH, SIZE - 1, SIZE - 3)
+    assert np.mean(found["divergence"]) > 1e-3 and found["disagreement"].any()
+    np.testing.assert_allclose(found["mean"].sum(axis=-1), 1, atol=1e-5)
+    alone = examine_unet(1, dropout=0.3, passes=3)
+    np.testing.assert_array_equal(alone["hypotheses"], found["hypotheses"][:3])  # the first member's
+    assert len(np.unique(alone["hypotheses"], axis=0)) == 3
+    more = examine_unet(1, dropout=0.3, passes=5)
+    np.testing.assert_array_equal(more["hypotheses"][:3], alone["hypotheses"])
+    other = examine_unet(1, key=jax.random.key(4), dropout=0.3, passes=3)
+    renamed = examine_unet(1, case=dataclasses.replace(made_up.slices(), number=9), dropout=0.3, passes=3)
+    for one in (other, renamed):
+        assert np.mean(one["mean"] != alone["mean"]) > 0.1
+
+
+@pytest.mark.parametrize(("devices", "chunk"), [(1, 2), (2, 3), (8, 8)])
+def test_chunks_and_devices_do_not_change_the_passes(monkeypatch, devices, chunk):
+    whole = examine_unet(1, dropout=0.3, passes=3)
+    monkeypatch.setattr(inference, "CHUNK", chunk)
+    agree(examine_unet(devices, dropout=0.3, passes=3), whole)
+
+
+def test_without_dropout_there_is_one_pass_and_nothing_is_drawn():
+    one, other = examine_unet(1), examine_unet(1, key=jax.random.key(4), passes=5)
+    assert one.keys() == other.keys() and "hypotheses" not in one
+    np.testing.assert_array_equal(one["mean"], other["mean"])
 
 
 def test_slices_without_foreground_are_not_sampled(raw, monkeypatch):

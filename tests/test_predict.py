@@ -1,6 +1,7 @@
 """The command line of predict: what it takes and refuses, and a run from files to folder."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -37,8 +38,34 @@ def scan(tmp_path) -> Path:
     return path
 
 
-def test_files_by_name(scan):
-    assert predict.parse_files([f"T1={scan}", f"flair={scan}"], None) == {"T1": scan, "flair": scan}
+@pytest.fixture
+def second(scan) -> Path:
+    """Another file of the same patient."""
+    return Path(shutil.copy(scan, scan.with_name("second.nii.gz")))
+
+
+def test_files_by_name(scan, second):
+    assert predict.parse_files([f"T1={scan}", f"flair={second}"], None) == {"T1": scan, "flair": second}
+
+
+def test_one_file_is_no_two_modalities(tmp_path, scan, second):
+    (tmp_path / "link.nii.gz").symlink_to(scan)
+    for same in (scan, tmp_path / "link.nii.gz", tmp_path / ".." / tmp_path.name / scan.name):
+        with pytest.raises(UserError) as raised:
+            predict.parse_files([f"T1={scan}", f"FLAIR={second}", f"T2={same}"], None)
+        assert str(raised.value) == f"{same}: is given for T1 and for T2; give each its own file"
+
+
+def test_a_folder_is_no_scan(tmp_path, scan):
+    with pytest.raises(UserError) as raised:
+        predict.parse_files([f"T1={tmp_path}"], None)
+    said = f"{tmp_path}: is a folder; give the T1 scan itself, a .nii.gz file, or --case=FOLDER"
+    assert str(raised.value) == said
+    series = tmp_path / "series"
+    series.mkdir()
+    (series / "IM1").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 500)
+    with pytest.raises(UserError, match=r"is a DICOM file; convert the series to NIfTI first: dcm2niix"):
+        predict.parse_files([f"T1={series}"], None)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +137,12 @@ def trained(monkeypatch):
             "regions": {"lesion": {"volume_ml": 0.1, "interval": None}},
             "records": [],
             "seconds": 0.5,
-            "trust": {"score": 1 / len(bright), "predicted_dice": 0.9},
+            "trust": {
+                "score": bright.any() / len(bright),
+                "nothing_found": not bright.any(),
+                "predicted_dice": 0.9,
+                "mean_error": 0.1,
+            },
         }
 
     api = types.ModuleType("entrust_jax.api")
@@ -165,22 +197,37 @@ def test_a_case_folder_with_a_mask_of_unknown_values_is_predicted(tmp_path, scan
 
 def test_a_folder_of_cases_gets_an_order_of_referral(tmp_path, trained, capsys):
     rng = np.random.default_rng(0)
-    for name, slices in (("calm", 4), ("worst", 6), ("odd", 5)):  # the network by hand trusts long scans less
+    # The network by hand trusts long scans less.
+    for name, slices in (("calm", 4), ("worst", 6), ("blank", 3), ("odd", 5)):
         folder = tmp_path / "cases" / name
         folder.mkdir(parents=True)
         values = rng.normal(100, 1, (12, 10, slices))
+        if name == "blank":
+            values = np.where(values > 99, 101, 100)  # nowhere more than a deviation above the mean
         nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), np.eye(4)), folder / f"{name}_t1.nii.gz")
     (tmp_path / "cases" / "broken").mkdir()
     (tmp_path / "cases" / "broken" / "broken_t1.nii.gz").write_bytes(b"no scan")
     (tmp_path / "cases" / "notes.txt").write_text("not a case")
-    with pytest.raises(UserError, match=r"1 of 4 cases were not predicted; the first: .*broken_t1"):
+    with pytest.raises(UserError, match=r"1 of 5 cases were not predicted; the first: .*broken_t1"):
         run(tmp_path, cases=str(tmp_path / "cases"))
     lines = (tmp_path / "out" / "referral.csv").read_text().splitlines()
-    assert lines[0] == "review,case,score,predicted_dice"
-    assert [line.split(",")[:2] for line in lines[1:]] == [["1", "worst"], ["2", "odd"], ["3", "calm"]]
-    for name in ("calm", "worst", "odd"):
+    assert lines[0] == "review,case,score,nothing_found,predicted_dice,mean_error"
+    order = ["blank", "worst", "odd", "calm"]
+    assert [line.split(",")[:2] for line in lines[1:]] == [[str(n), name] for n, name in enumerate(order, 1)]
+    for name in order:
         assert json.loads((tmp_path / "out" / name / "report.json").read_text())["case"] == name
-    assert not (tmp_path / "out" / "broken").exists() and "broken: not predicted" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert not (tmp_path / "out" / "broken").exists() and "broken: not predicted" in printed
+    assert printed.count("  nothing found, 0.5 s") == 1 and "  trust 0.2500, 0.5 s" in printed
+
+
+def test_of_equal_scores_the_one_with_the_larger_mean_error_is_reviewed_first():
+    rows = [
+        {"case": name, "score": score, "mean_error": error}
+        for name, score, error in (("a", 0.9, 0.5), ("b", 0.4, 0.1), ("c", 0.4, 0.3), ("d", 0.0, 0.0), ("e", 0.4, 0.1))
+    ]
+    lines = predict.referral(rows).splitlines()
+    assert [line.split(",")[1] for line in lines[1:]] == ["d", "c", "b", "e", "a"]
 
 
 def compared(*unlike, note=""):
@@ -193,7 +240,7 @@ def compared(*unlike, note=""):
     return found
 
 
-def test_a_scan_unlike_training_is_told_before_anything_else(tmp_path, scan, trained, capsys, monkeypatch):
+def test_a_scan_unlike_training_is_told_before_anything_else(tmp_path, scan, second, trained, capsys, monkeypatch):
     api = sys.modules["entrust_jax.api"]
     predict_volume = api.predict_volume
 
@@ -203,7 +250,7 @@ def test_a_scan_unlike_training_is_told_before_anything_else(tmp_path, scan, tra
 
     monkeypatch.setattr(api, "compare_volume", lambda trained, volume: compared("T1"))
     monkeypatch.setattr(api, "predict_volume", watched)
-    out = run(tmp_path, f"T1={scan}", f"FLAIR={scan}")
+    out = run(tmp_path, f"T1={scan}", f"FLAIR={second}")
     found = json.loads((out / "report.json").read_text())
     line = found["warnings"][0]
     assert "T1 does not look like the T1 scans of training" in line and "farthest of 17 reference patients" in line
@@ -215,7 +262,7 @@ def test_a_scan_unlike_training_is_told_before_anything_else(tmp_path, scan, tra
     capsys.readouterr()
     for note, words in (("", "present T1, FLAIR"), ("it is old", "Not compared with the scans of training: it is old")):
         monkeypatch.setattr(api, "compare_volume", lambda trained, volume, note=note: compared(note=note))
-        out = run(tmp_path, f"T1={scan}", f"FLAIR={scan}")
+        out = run(tmp_path, f"T1={scan}", f"FLAIR={second}")
         printed = capsys.readouterr().out
         assert words in printed and "warning" not in printed
         assert json.loads((out / "report.json").read_text())["compared_with_training"]["unlike"] == []
@@ -232,7 +279,7 @@ def test_the_order_of_referral_names_scans_unlike_training(tmp_path, scan, train
     monkeypatch.setattr(api, "compare_volume", lambda trained, volume: compared(*unlike[volume.name]))
     run(tmp_path, cases=str(tmp_path / "cases"))
     lines = (tmp_path / "out" / "referral.csv").read_text().splitlines()
-    assert lines[0] == "review,case,score,predicted_dice,unlike"
+    assert lines[0] == "review,case,score,nothing_found,predicted_dice,mean_error,unlike"
     assert [line.split(",")[-1] for line in lines[1:]] == ["", "FLAIR T1"]
 
 
@@ -251,9 +298,9 @@ def test_wrong_folders_of_cases_are_one_line(tmp_path, arguments, case, cases, m
     assert "\n" not in str(raised.value)
 
 
-def test_a_modality_by_another_name(tmp_path, scan, trained):
+def test_a_modality_by_another_name(tmp_path, scan, second, trained):
     sys.modules["entrust_jax.api"].read_config(tmp_path).data.names = ConfigDict({"FLAIR": ("dark-fluid",)})
-    out = run(tmp_path, f"t1w={scan}", f"Dark-Fluid={scan}")
+    out = run(tmp_path, f"t1w={scan}", f"Dark-Fluid={second}")
     assert json.loads((out / "report.json").read_text())["modalities"]["missing"] == []
 
 

@@ -341,6 +341,8 @@ def test_empty_masks_alone_are_not_trained_on(scans, tmp_path):
         ("model.space_to_depth", 0, "space_to_depth"),
         ("model.widths", (), "model.widths"),
         ("unet.members", 0, "unet.members"),
+        ("unet.passes", 0, "unet.passes"),
+        ("unet.dropout", 1.0, "unet.dropout is 1.0; give a share"),
         ("data.patch", (0, 0), "data.patch"),
         ("data.patch", (8, 8, 8, 8), "data.patch"),
         ("data.patch", (100, 100), "multiples of 16 x 16"),

@@ -130,7 +130,7 @@ def test_a_baseline_sees_a_volume_through_the_same_windows():
     rng = np.random.default_rng(1)
     stacked = jax.tree.map(lambda leaf: (0.4 * rng.normal(size=(2, *leaf.shape))).astype(np.float32), shapes)
     found = windows.examine_unet(
-        stacked, volume(), model=network, mesh=data_mesh(jax.devices()[:1]), window=WINDOW, unit=UNIT, tau=0.3
+        stacked, volume(), KEY, model=network, mesh=data_mesh(jax.devices()[:1]), window=WINDOW, unit=UNIT, tau=0.3
     )
     body = volume().body
     np.testing.assert_allclose(found["mean"].sum(-1), 1, atol=1e-5)
@@ -138,12 +138,34 @@ def test_a_baseline_sees_a_volume_through_the_same_windows():
     assert np.mean(found["divergence"][body]) > 1e-4 and len(np.unique(found["label"])) > 1
 
 
+def test_all_windows_of_a_scan_are_seen_by_the_same_passes():
+    """A pass is one network: what it says of a window does not depend on the windows beside it."""
+    network = UNet(K, widths=(4, 8), strides=((2, 2, 2), (2, 2, 2)), dropout=0.3, passes=3)
+    around = windows.frame(volume(), WINDOW, UNIT)
+    at = windows.lattices.origins(around.scan["body"], WINDOW, UNIT)[:2]
+    both = windows.batch_of(around, at)
+    stacked = made_up.parameters(network.init, KEY, both["image"], both["present"], both["body"])
+    stacked = jax.tree.map(lambda leaf: leaf[None], stacked)
+    one = data_mesh(jax.devices()[:1])
+
+    def say(batch):
+        return np.asarray(inference.ensemble(stacked, batch, KEY, model=network, mesh=one))
+
+    together = say(both)
+    assert together.shape == (2, 3, *WINDOW, K) and np.std(together, axis=1).max() > 0.05
+    for i in range(2):
+        alone = say(windows.batch_of(around, at[i : i + 1]))
+        np.testing.assert_allclose(together[i : i + 1], alone, atol=1e-5)
+    found = windows.examine_unet(stacked, volume(), KEY, model=network, mesh=one, window=WINDOW, unit=UNIT, tau=0.3)
+    assert found["hypotheses"].shape == (3, *volume().body.shape)
+
+
 def test_memory_is_said_beforehand_and_hardly_grows_with_hypotheses(raw):
     """Of one more hypothesis its labels stay: a byte a voxel, on the lattice or in the scan."""
     options = {"model": MODEL, "sampler": SAMPLER, "mesh": data_mesh(jax.devices()[:1]), "window": WINDOW, "unit": UNIT}
     few, many = (windows.estimate(params(), volume(), hypotheses=n, **options) for n in (4, 16))
     most = max(windows.frame(volume(), WINDOW, UNIT).scan["body"].size, volume().body.size)
-    assert 0 <= many["bytes"] - few["bytes"] <= 12 * most
+    assert 0 <= many["bytes"] - few["bytes"] <= 12 * windows.HOLES * most + 1
     kept = sum(value.nbytes for value in raw.values() if isinstance(value, np.ndarray))
-    assert few["stages"]["way back"] > kept and few["bytes"] == max(few["stages"].values())
+    assert few["stages"]["way back"] > kept and few["bytes"] >= max(few["stages"].values())
     assert windows.in_words(few).startswith(f"{few['windows']} windows of 4 x 8 x 8 voxels, 4 hypotheses: about ")

@@ -1,7 +1,8 @@
 """The plain U-Net that a user would pick instead, or several of them: a deep ensemble (Lakshminarayanan et al. 2017).
 
 Modalities are concatenated with their availability. Members are stacked along a leading axis of the parameters and run
-at once (`over_members`); a single U-Net is an ensemble of one.
+at once (`over_members`); a single U-Net is an ensemble of one. With dropout, in training and at inference, passes take
+the place of members: Monte Carlo dropout (Gal & Ghahramani 2016, arXiv 1506.02142).
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
 from entrust_jax.enfuse.objective import modality_dropout
 from entrust_jax.layers import (
@@ -22,6 +23,7 @@ from entrust_jax.layers import (
     block,
     body_at_scales,
     depth_to_space,
+    per_voxel,
     pool,
     rms_norm,
     space_to_depth,
@@ -30,19 +32,45 @@ from entrust_jax.layers import (
 from entrust_jax.model import compute_of, strides_of
 from entrust_jax.scores import case_mean, cross_entropy, over_cases
 
+_DROPOUT = 2  # folded into a step's key: the first that `modality_dropout` does not split off
+
+
+def dropped(
+    h: Float[Array, "b *s c"], noise: Key[Array, " b"] | None, place: int, rate: float
+) -> Float[Array, "b *s c"]:
+    """The features W diag(z) sees, z_c ~ Bernoulli(1 - rate) / (1 - rate), as they are without `noise`.
+
+    One z a case and channel: in Gal & Ghahramani a pass is one draw of the weights, the same wherever they are applied.
+    So all slices and windows of a scan, whose cases have the same key, are seen by one network.
+    """
+    if noise is None:
+        return h
+    keep = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, place), 1 - rate, h.shape[-1:]))(noise)
+    return h * per_voxel((keep / (1 - rate)).astype(h.dtype), h.ndim)
+
 
 class UNet(nn.Module):
-    """Logits of the classes from all modalities at once. Widths, blocks and norm are those of the denoiser."""
+    """Logits of the classes from all modalities at once. Widths, blocks and norm are those of the denoiser.
+
+    dropout: share of the channels that `noise`, a key for each case, leaves out before every convolution between scales
+    and before the last. passes: how many such draws stand for the network at inference, where dropout is above 0.
+    """
 
     classes: int
     widths: tuple[int, ...]
     strides: Strides
     compute: str = "float32"
     remat: bool = False
+    dropout: float = 0.0
+    passes: int = 1
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "b m *s"], present: Bool[Array, "b m"], body: Bool[Array, "b *s"]
+        self,
+        image: Float[Array, "b m *s"],
+        present: Bool[Array, "b m"],
+        body: Bool[Array, "b *s"],
+        noise: Key[Array, " b"] | None = None,
     ) -> Float[Array, "b *s k"]:
         b, m, *space = image.shape
         mu = present.astype(jnp.float32).reshape(b, m, *(1,) * len(space)) * body[:, None]
@@ -55,12 +83,12 @@ class UNet(nn.Module):
         for s, width in enumerate(self.widths):
             h = Conv(width, name=f"enter_{s}")(pool(h, self.strides[s]) if s else h) * inside[s]
             h = Block(name=f"down_{s}_0")(h, inside[s])
-            h = Block(name=f"down_{s}_1")(h, inside[s])
+            h = dropped(Block(name=f"down_{s}_1")(h, inside[s]), noise, s, self.dropout)
             skips.append(h)
         for s in reversed(range(len(self.widths) - 1)):
             h = upsample_linear(Conv(self.widths[s], 1, use_bias=False, name=f"up_{s}")(h), self.strides[s + 1])
             h = (h + Conv(self.widths[s], 1, name=f"lateral_{s}")(skips[s])) * inside[s]
-            h = Block(name=f"top_{s}")(h, inside[s])
+            h = dropped(Block(name=f"top_{s}")(h, inside[s]), noise, len(self.widths) + s, self.dropout)
         copies = math.prod(self.strides[0])
         last = Conv(
             self.classes * copies,
@@ -80,6 +108,8 @@ def build(config) -> UNet:
         strides_of(config),
         compute_of(config),
         config.model.remat,
+        config.unet.dropout,
+        config.unet.passes,
     )
 
 
@@ -118,7 +148,9 @@ def loss(
     model: UNet, params: Any, batch: dict[str, Array], key: Array, *, dice: float
 ) -> tuple[Array, dict[str, Array]]:
     """Cross-entropy inside the body plus `dice` times soft Dice (nnU-Net's habit at 1, a proper score at 0)."""
-    logits = apply(model, params, batch["image"], modality_dropout(key, batch["present"]), batch["body"])
+    present = modality_dropout(key, batch["present"])
+    noise = jax.random.split(jax.random.fold_in(key, _DROPOUT), len(present)) if model.dropout else None
+    logits = apply(model, params, batch["image"], present, batch["body"], noise)
     inside = (batch["body"] & (batch["label"] >= 0)).astype(jnp.float32)
     some = jnp.sum(inside, axis=tuple(range(1, inside.ndim))) > 0
     weight = batch["weight"] * batch["valid"] * some

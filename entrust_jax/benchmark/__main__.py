@@ -5,9 +5,10 @@ python -m entrust_jax.benchmark --suite=volume --config=configs/brats.py [--shap
 python -m entrust_jax.benchmark --suite=compile --config=configs/brats.py --output=O
 python -m entrust_jax.benchmark --suite=trust --workdir=W --output=O [--patients=512] [--spoilt=64]
 python -m entrust_jax.benchmark --suite=subsets --workdir=W --output=O [--data_dir=D] [--split=test|all]
-python -m entrust_jax.benchmark --suite=conflict --workdir=W[,U,...] [--output=O] [--data_dir=D] [--slices=N]
+python -m entrust_jax.benchmark --suite=regions --workdir=W[,W2,...] --output=O [--data_dir=D] [--split=test|all]
+python -m entrust_jax.benchmark --suite=conflict --workdir=W[,U,...] [--output=O] [--slices=N] [--hypotheses=N]
 python -m entrust_jax.benchmark --suite=semisynthetic --config=configs/glioma.py --config.data.dir=D --output=O
-python -m entrust_jax.benchmark --suite=semisynthetic --workdir=W
+python -m entrust_jax.benchmark --suite=semisynthetic --workdir=W [--hypotheses=N]
 
 phantom: trains EnTrust and its ablations on the phantom and holds them against the exact posterior. Finished trainings
 in O/runs are not repeated. --quick: one seed, the reference alone; --ablation: the reference and those named.
@@ -19,11 +20,16 @@ compile: memory and FLOPs of a training step on one device and on eight, compile
 trust: whether a trained EnTrust tells spoilt scans, keeps its guarantees over random divisions of its calibration and
 test patients, and predicts its Dice. Writes trust.json and trust.md.
 subsets: masks, calibration and guarantees of a trained model on its test cases from every subset of their modalities.
+regions: what a trained EnTrust calls doubtful in its test cases, beside the truth: a sheet of ten regions for the eye,
+sums over all of them by cause. Several W: folds of one set.
 conflict: whether the uncertainty of a trained EnTrust, W, follows conflict injected into one modality of its test
-cases; the same figures of the U-Nets and ensembles named after it.
+cases; the same figures of the U-Nets, with dropout or without, and the ensembles named after it.
 semisynthetic: makes a set of D's scans, in which each modality shows or hides a lesion with known --reliability, to be
 trained on with --config.data.layout=manifest --config.data.dir=O; then judges a model trained on it by the exact
 posterior.
+
+--hypotheses (conflict, semisynthetic): so many hypotheses of a case, and passes of a U-Net with dropout, whatever the
+config says. What an AUROC can reach depends on them: 16 draws from the phantom's own law reach .84, 64 draws .98.
 """
 
 import json
@@ -57,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
         "compile": compile_suite,
         "trust": trust_suite,
         "subsets": subsets_suite,
+        "regions": regions_suite,
         "conflict": conflict_suite,
         "semisynthetic": semisynthetic_suite,
     }
@@ -163,10 +170,36 @@ def subsets_suite(config: Any) -> None:
     print((output / "subsets.md").read_text())
 
 
+def regions_suite(config: Any) -> None:
+    """Writes regions.png, regions.json and regions.md into --output, and prints the latter."""
+    del config
+    from entrust_jax import evaluate
+    from entrust_jax.benchmark import regions
+    from entrust_jax.runtime import logs
+
+    for name in ("workdir", "output"):
+        if not FLAGS[name].value:
+            raise UserError(f"--{name} is missing: --suite=regions --workdir=FOLDER_OF_A_TRAINING --output=FOLDER")
+    output = Path(FLAGS.output)
+    cli.check_place(output, "--output")
+    regions.check_new(output)
+    methods = evaluate.load_methods([Path(workdir) for workdir in FLAGS.workdir])
+    regions.check(methods, FLAGS.split)
+    cases = (
+        (name, volume)
+        for name, trained in methods.items()
+        for volume in evaluate.read_volumes({name: trained}, FLAGS.data_dir, FLAGS.split)[0][name]
+    )
+    about = {"command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]])}
+    about |= {"code_version": logs.code_version(), "split": FLAGS.split}
+    regions.run(methods, cases, output, about)
+    print((output / "regions.md").read_text())
+
+
 def conflict_suite(config: Any) -> None:
     """Writes conflict.json, conflict.md and conflict.png into --output, by default W/conflict."""
     del config
-    from entrust_jax import evaluate
+    from entrust_jax import api, evaluate
     from entrust_jax.benchmark import conflict
     from entrust_jax.runtime import logs
 
@@ -175,6 +208,8 @@ def conflict_suite(config: Any) -> None:
     output = Path(FLAGS.output) if FLAGS.output else Path(FLAGS.workdir[0]) / "conflict"
     cli.check_place(output, "--output")
     methods = evaluate.load_methods([Path(workdir) for workdir in FLAGS.workdir])
+    if FLAGS.hypotheses:
+        methods = {name: api.with_hypotheses(trained, FLAGS.hypotheses) for name, trained in methods.items()}
     conflict.check(methods)
     volumes, _ = evaluate.read_volumes(methods, FLAGS.data_dir, FLAGS.split)
     first = next(iter(methods))
@@ -183,6 +218,8 @@ def conflict_suite(config: Any) -> None:
         "command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]]),
         "code_version": logs.code_version(),
         "methods": {name: trained.config.method for name, trained in methods.items()},
+        "hypotheses": methods[first].config.diffusion.hypotheses,
+        "dropout": {name: one.config.unet.dropout for name, one in methods.items() if one.config.method != "entrust"},
         "trained_on": [case.name for case in cases if case.name not in methods[first].splits["test"]],
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -201,11 +238,16 @@ def semisynthetic_suite(config: Any) -> None:
             raise UserError("--output is missing: name a folder for the set, or a trained model with --workdir")
         output = Path(FLAGS.output)
         cli.check_place(output, "--output")
-        reliability = semisynthetic.reliabilities(FLAGS.reliability, tuple(config.data.modalities))
+        hypotheses = config.diffusion.hypotheses = FLAGS.hypotheses or config.diffusion.hypotheses
+        reliability = semisynthetic.reliabilities(FLAGS.reliability, tuple(config.data.modalities), hypotheses)
         law = semisynthetic.make(config, output, reliability, FLAGS.draws)
         print(f"wrote {len(law['cases'])} cases to {output}; left out: {', '.join(law['left_out']) or 'none'}")
+        auroc, aim = law["exact"]["auroc"], semisynthetic.AIMS["auroc"]
+        print(f"AUROC of contradiction by {hypotheses} hypotheses from the exact law: {auroc:.3f}, aim {aim:g}")
         return
     trained = api.load(one_folder())
+    if FLAGS.hypotheses:
+        trained = api.with_hypotheses(trained, FLAGS.hypotheses)
     folder = Path(FLAGS.data_dir or trained.config.data.dir)
     law = semisynthetic.read_law(folder)
     output = Path(FLAGS.output) if FLAGS.output else Path(FLAGS.workdir[0]) / "semisynthetic"
@@ -215,6 +257,7 @@ def semisynthetic_suite(config: Any) -> None:
     output.mkdir(parents=True, exist_ok=True)
     about = {"command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]])}
     about |= {"code_version": logs.code_version(), "reliability": law["reliability"]}
+    about |= {"method": trained.config.method}
     logs.write_json(output / "semisynthetic.json", about | found | {"rows": rows})
     logs.write_bytes(output / "semisynthetic.md", semisynthetic.table(found).encode())
     print(semisynthetic.table(found))
@@ -228,7 +271,8 @@ def one_folder() -> str:
 
 
 if __name__ == "__main__":
-    names = ["phantom", "steps", "latency", "volume", "compile", "trust", "subsets", "conflict", "semisynthetic"]
+    names = ["phantom", "steps", "latency", "volume", "compile", "trust", "subsets", "regions"]
+    names += ["conflict", "semisynthetic"]
     flags.DEFINE_enum("suite", "phantom", names, "What to measure.")
     flags.DEFINE_list("shape", ["155", "240", "240"], "volume: voxels of the scan along D, H, W.")
     flags.DEFINE_string("output", None, "Folder for the results, or for the set.")
@@ -239,12 +283,17 @@ if __name__ == "__main__":
     flags.DEFINE_bool("quick", False, "The reference alone, one seed.")
     flags.DEFINE_integer("size", 128, "latency: height and width of the slice, a multiple of 16.")
     flags.DEFINE_integer("repeats", 5, "latency: timed calls after the first.")
-    flags.DEFINE_list("workdir", None, "conflict: working folders, a trained EnTrust first; other suites: one.")
+    flags.DEFINE_list(
+        "workdir",
+        None,
+        "conflict: working folders, a trained EnTrust first; regions: folds of one set; other suites: one.",
+    )
     flags.DEFINE_string("data_dir", None, "Folder of labelled scans, or of the set; the one trained on if left out.")
     flags.DEFINE_enum("split", "test", ["test", "all"], "Held-out test cases, or every labelled case.")
     flags.DEFINE_integer("cases", 0, "conflict: so many cases, evenly spaced; 0 means all.", lower_bound=0)
     flags.DEFINE_integer("slices", 2, "conflict: slices of a scan that are changed and looked at.", lower_bound=1)
+    flags.DEFINE_integer("hypotheses", None, "conflict, semisynthetic: as the config says if left out.", lower_bound=2)
     flags.DEFINE_integer("draws", 4, "semisynthetic: cases made of each scan.", lower_bound=1)
-    flags.DEFINE_list("reliability", [], "semisynthetic: one for each modality; from .95 down to .7 if left out.")
+    flags.DEFINE_list("reliability", [], "semisynthetic: one for each modality; what the aim allows if left out.")
     config_flags.DEFINE_config_file("config", "configs/phantom.py", "Config of the suite.", lock_config=True)
     cli.run(main)

@@ -34,7 +34,7 @@ from entrust_jax.runtime import logs
 from entrust_jax.trustmap import calibration, probing
 from entrust_jax.trustmap import statistics as spread
 
-DOSES = (0.5, 1.0)
+DOSES = (0.25, 0.5, 0.75, 1.0)
 POWERS = (0.8, 1.25)  # of the contrasts of test-time augmentation, each mirrored and not
 NEIGHBOURHOOD = 5  # voxels round a region within which uncertainty is correlated with conflict
 MEASURES = {
@@ -124,11 +124,11 @@ def ask_augmented(trained: api.Trained, volume: Volume, probed: bool) -> Said:
 
 
 def observers(methods: Mapping[str, api.Trained]) -> dict[str, Observer]:
-    """The methods and, of each U-Net or ensemble, test-time augmentation."""
+    """The methods and, of each U-Net or ensemble without dropout, test-time augmentation."""
     found: dict[str, Observer] = {}
     for name, trained in methods.items():
         found[name] = Observer(functools.partial(ask, trained), True)
-        if isinstance(trained.network, UNet):
+        if isinstance(trained.network, UNet) and not trained.network.dropout:
             found[f"{name}, augmented at test time"] = Observer(functools.partial(ask_augmented, trained), False)
     return found
 
@@ -181,13 +181,13 @@ def exact(evidence: Integer[np.ndarray, " m"], site: int, spec: phantom.Spec) ->
     }
 
 
-def best_auroc(one: float, all_: float, draws: int) -> float:
-    """AUROC, A against A', of the disagreement of so many draws by an observer who knows P(lesion) in both: draws of a
+def best_auroc(one: Float[np.ndarray, " n"], all_: Float[np.ndarray, " k"], draws: int) -> float:
+    """AUROC, places of A against places of A', of the disagreement of so many draws by an observer who knows P(lesion)
 
-    likely lesion often all agree, so that it is below 1.
+    at each: draws of a likely lesion often all agree, so that it is below 1.
     """
     count = np.arange(draws + 1)
-    law = [stats.binom.pmf(count, draws, p) for p in (one, all_)]
+    law = [stats.binom.pmf(count[:, None], draws, p).mean(axis=1) for p in (one, all_)]
     unlike = count * (draws - count)
     above = (unlike[:, None] > unlike[None]) + 0.5 * (unlike[:, None] == unlike[None])
     return float(law[0] @ above @ law[1])
@@ -243,7 +243,7 @@ def examine(
                         p = exactly["posterior"]
                         draws = len(told[-1].hypotheses) if told[-1].hypotheses is not None else 1
                         row["exact"] = {
-                            "auroc": best_auroc(float(p[m]), float(p[-1]), draws),
+                            "auroc": best_auroc(p[m : m + 1], p[-1:], draws),
                             "one": float(exactly["disagreement"][m]),
                             "all": float(exactly["disagreement"][-1]),
                             "blamed": bool(exactly["blamed"][m] == m),

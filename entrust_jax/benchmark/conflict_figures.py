@@ -3,6 +3,7 @@
 A: a change in one modality; A': the same change in all of them.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from entrust_jax.data import injection
-from entrust_jax.metrics import statistics, usefulness
+from entrust_jax.metrics import conflict, statistics, usefulness
 from entrust_jax.report import markdown
 
 RIM = 2  # voxels: where a lesion's outline is, samples disagree about the outline, conflict or not
@@ -20,7 +21,6 @@ HEADLINE = "disagreement"  # of EnTrust's hypotheses: what should follow conflic
 PARTS = ("auroc", "ratio", "inner_auroc", "inner_ratio")  # of the figures, those given for parts of the injections
 AIMS = {"auroc": 0.85, "ratio": 2.0}
 RESAMPLES = statistics.RESAMPLES
-NO_DROPOUT = "the U-Net has no dropout, in training or at test time: no figure"
 
 
 class Result(NamedTuple):
@@ -52,27 +52,30 @@ def placed(
     return result & target
 
 
-def foreign(results: Sequence[Result], method: str, measure: str) -> Float[np.ndarray, " n"]:
-    """By patient, the AUROC for his region, A against A', read from the maps of the next patient in whom the same
+def foreign(results: Sequence[Result], method: str, measure: str) -> Float[np.ndarray, "n n"]:
+    """The AUROC for each patient's regions, A against A', read from the maps of each other one in whom the same
 
-    modality was altered elsewhere: what the measure would score without seeing this patient. NaN where there is none.
+    modality was altered elsewhere: what the measure would score without seeing the patient. NaN where it was not, and
+    for the patient himself.
     """
-    found = []
-    for i, result in enumerate(results):
-        others = [row for other in (*results[i + 1 :], *results[:i]) for row in other.rows]
-        values = []
-        for row in result.rows:
-            for theirs in others:
-                if theirs["modality"] != row["modality"]:
-                    continue
-                region = placed(row["region"], row["body"], theirs["body"])
-                if region.any() and np.mean(theirs["region"][region]) <= OVERLAP:
-                    one, all_ = theirs["maps"][method][measure]
-                    score = np.concatenate([one[region], all_[region]])
-                    values.append(usefulness.auroc(score, np.arange(len(score)) < region.sum()))
-                    break
-        found.append(np.mean(values) if values else math.nan)
-    return np.array(found)
+    found = np.full((len(results), len(results)), np.nan)
+    for i, j in itertools.permutations(range(len(results)), 2):
+        values = [borrowed(row, results[j].rows, method, measure) for row in results[i].rows]
+        found[i, j] = statistics.finite_mean(values)
+    return found
+
+
+def borrowed(row: Mapping[str, Any], others: Sequence[Mapping[str, Any]], method: str, measure: str) -> float:
+    """The AUROC of `foreign` for one injection, by the first of another patient's that fits; NaN where none does."""
+    for theirs in others:
+        if theirs["modality"] != row["modality"]:
+            continue
+        region = placed(row["region"], row["body"], theirs["body"])
+        if region.any() and np.mean(theirs["region"][region]) <= OVERLAP:
+            one, all_ = theirs["maps"][method][measure]
+            score = np.concatenate([one[region], all_[region]])
+            return usefulness.auroc(score, np.arange(len(score)) < region.sum())
+    return math.nan
 
 
 def by_patient(results: Sequence[Result], value: Callable[[dict[str, Any]], Any]) -> Float[np.ndarray, " n"]:
@@ -134,7 +137,7 @@ def figures(results: Sequence[Result], method: str, measure: str) -> dict[str, A
         "auroc_to_unrelated": mean_figure(of("auroc_unrelated")),
         "kendall_tau": mean_figure(of("tau")),
         "p_sign_flip": statistics.sign_flip_p(difference) if difference.size else None,
-        "auroc_foreign_map": mean_figure(foreign(results, method, measure)),
+        "null": conflict.shift_null(of("auroc"), foreign(results, method, measure)),
         "line": np.mean([row["methods"][method][measure]["line"] for r in results for row in r.rows], axis=0).tolist(),
     }
 
@@ -207,7 +210,6 @@ def summarise(
         "spearman": mean_figure(by_patient(results, lambda row: row.get("spearman"))),
         "partial_spearman": mean_figure(by_patient(results, lambda row: row.get("partial_spearman"))),
         "faithfulness": faith_figures(results),
-        "mc_dropout": {"value": None, "reason": NO_DROPOUT},
     }
     rows = [row for result in results for row in result.rows if "exact" in row]
     if rows:
@@ -263,33 +265,41 @@ def kinds(results: Sequence[Result]) -> list[str]:
 
 
 def in_words(figure: Mapping[str, Any]) -> str:
-    """0.87 [0.81, 0.92]"""
+    """0.87 [0.81, 0.92]: with its interval, or the null's outer 5 %."""
     if figure.get("value") is None:
         return "–"
-    text = f"{figure['value']:.3g}"
-    return f"{text} [{figure['ci95'][0]:.3g}, {figure['ci95'][1]:.3g}]" if figure.get("ci95") else text
+    text, ends = f"{figure['value']:.3g}", figure.get("ci95") or figure.get("quantiles")
+    return f"{text} [{ends[0]:.3g}, {ends[1]:.3g}]" if ends else text
 
 
 def table(summary: Mapping[str, Any]) -> str:
     """conflict.md."""
     lines = ["# Conflict suite", "", f"{summary['patients']} patients, {summary['injections']} injections. ", ""]
     lines[2] += "A: a change in one modality; A': the same change in all. Means over patients with 95 % intervals."
+    lines[2] += " Null: every patient read from the maps of the k-th after him, for all k; its mean and outer 5 %."
     rows = [[name, in_words(one), "yes" if one["met"] else "**no**"] for name, one in summary["aims"].items()]
     lines += markdown.table(["aim", "value", "met"], rows)
     head = ["method: measure", "AUROC A against A'", "A over A'", f"AUROC {RIM} voxels inside", "A over A' there"]
     head += ["A over untouched", "A over unrelated texture"]
-    head += ["AUROC against texture", "Kendall tau of the dose", "p (sign flips)", "null: another patient's map"]
+    head += [
+        "AUROC against texture",
+        "Kendall tau of the dose",
+        "p (sign flips)",
+        "null: another patient's map",
+        "p of shifts",
+    ]
     keys = (*PARTS, "ratio_to_untouched", "ratio_to_unrelated", "auroc_to_unrelated", "kendall_tau")
     rows = [
         [
             name,
             *(in_words(one[key]) for key in keys),
             "–" if one["p_sign_flip"] is None else f"{one['p_sign_flip']:.2g}",
-            in_words(one["auroc_foreign_map"]),
+            in_words(one["null"]),
+            "–" if one["null"]["p"] is None else f"{one['null']['p']:.2g}",
         ]
         for name, one in summary["measures"].items()
     ]
-    lines += ["", *markdown.table(head, rows), "", f"MC dropout: {summary['mc_dropout']['reason']}.", ""]
+    lines += ["", *markdown.table(head, rows), ""]
     if summary["above_baselines"]:
         rows = [[name, in_words(one)] for name, one in summary["above_baselines"].items()]
         lines += [*markdown.table(["baseline", "AUROC of EnTrust's disagreement less the baseline's"], rows), ""]

@@ -79,6 +79,6 @@ def measure(config: Any, size: int, repeats: int) -> dict[str, Any]:
         config.method = method
         net = networks.network_of(config)
         stacked = jax.jit(lambda: networks.init_params(config, key))()
-        timed = seconds(lambda: inference.ensemble(stacked, batch, model=net, mesh=one), repeats)  # noqa: B023
+        timed = seconds(lambda: inference.ensemble(stacked, batch, key, model=net, mesh=one), repeats)  # noqa: B023
         result[f"{method}_{unet.members(config)}"] = timed
     return result

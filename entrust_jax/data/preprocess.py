@@ -1,54 +1,30 @@
-"""From scan files to arrays and back: canonical grid, body mask, maps in native geometry."""
+"""From the scans of a case to arrays on one grid: its body, its intensities, its label, and what is doubtful."""
 
-import contextlib
 import dataclasses
-import gzip
 import itertools
-import math
-import os
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import Any
 
-import nibabel
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int32
-from nibabel import orientations
 from nibabel.affines import voxel_sizes
-from nibabel.arrayproxy import is_proxy
-from nibabel.filebasedimages import ImageFileError
-from nibabel.imageglobals import LoggingOutputSuppressor
-from nibabel.spatialimages import HeaderDataError
-from PIL import Image, ImageOps
-from scipy import ndimage
 
 from entrust_jax.data.body import body_mask, coordinates
-from entrust_jax.data.cases import ENDINGS, JPEG, PICTURES, Case, dicom_mistake, ending_of, is_dicom
+from entrust_jax.data.cases import JPEG, Case, ending_of
 from entrust_jax.data.intensity import Rule, normalise, rules_of
 from entrust_jax.data.registration import doubts
+from entrust_jax.data.scans import Grid, apart, load_scan, resample, same_grid
 from entrust_jax.errors import UserError
 
 IGNORED = -1  # the class index of voxels that count neither in training nor in scores
 SAME = 0.9999  # correlation of two scans above which one is a copy of the other
 FLAT = 0.02  # standard deviation after a rule of intensity below which it cannot be the right one
 COVERED = 0.9  # share of the body below which a scan's field of view is worth a word
+ROUNDING = 0.1  # voxels by which an affine may have been rounded on a label's way through other software
+MOST_VALUES = 8  # of a mask that are named
 JPEG_ERROR = 40  # the most by which compression may have changed a mask's value
-GREY = ("1", "L", "I;16", "I;16B", "I;16L", "I", "F")  # Pillow's names for pictures with one number a pixel
-# What a damaged or foreign file raises somewhere inside nibabel, Pillow, gzip or numpy.
-UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    zlib.error,
-    ImageFileError,
-    HeaderDataError,
-    OverflowError,
-    MemoryError,
-    SyntaxError,
-    Image.DecompressionBombError,
-)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,184 +78,61 @@ class UnknownLabelError(UserError):
     """A mask holds a value that the config does not know: the config is wrong, not the case."""
 
 
-class Grid(NamedTuple):
-    """Where voxels lie: the shape [x, y, z] and the affine from voxel indices to mm, both canonical (RAS)."""
-
-    path: Path
-    shape: tuple[int, ...]
-    affine: Float[np.ndarray, "4 4"]
-
-
-def is_picture(path: Path) -> bool:
-    """Whether a file is a PNG or JPEG by its name."""
-    return ending_of(path.name, PICTURES) is not None
-
-
-def open_scan(path: Path) -> Any:
-    """The nibabel image of a scan. A grey PNG or JPEG is one slice as radiologists show it, the patient's right on the
-
-    left and his front above; it does not say how large a pixel is, and 1 mm is taken.
-    Raises UserError for a picture in colour, one of UNREADABLE for what cannot be read.
-    """
-    if not is_picture(path):
-        return nibabel.load(path)
-    with Image.open(path) as file:
-        picture = ImageOps.exif_transpose(file)
-        if picture.mode == "LA":  # with transparency
-            picture = picture.getchannel("L")
-        if picture.mode not in GREY:
-            raise UserError(f"{path}: is a picture in colour (mode {picture.mode}); convert it to grey")
-        values = np.asarray(picture)
-    if values.dtype == bool:
-        values = values.astype(np.uint8)
-    # Axes to the patient's left, to his back, towards his head.
-    return nibabel.Nifti1Image(np.ascontiguousarray(values.T[..., None]), np.diag([-1.0, -1.0, 1.0, 1.0]))
-
-
-def load_scan(path: Path) -> tuple[Grid, np.ndarray]:
-    """Reads one scan into canonical orientation: (grid, values [x, y, z], float32 unless stored as integers).
-
-    Raises UserError naming the file when it cannot be read, is not one 3-D scan, has no usable geometry or
-    holds NaN.
-    """
-    try:
-        held = _held(path)
-        with LoggingOutputSuppressor():  # its own lines about a bad header would stand before ours
-            image = open_scan(path)
-            _check_header(path, image, held)
-            values = np.asanyarray(image.dataobj)
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the path of a .nii.gz scan") from None
-    except UNREADABLE as error:
-        if is_dicom(path):
-            raise dicom_mistake(path) from None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: unreadable or truncated ({reason}); copy or download the file again") from None
-    values, affine = values.reshape(values.shape[:3]), image.affine
-    orientation = _orientation(path, affine)
-    if values.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and said below
-            values = values.astype(np.float32)
-        if not np.isfinite(values).all():
-            raise UserError(f"{path}: contains NaN or infinite values; replace them or export the scan again")
-    affine = affine @ orientations.inv_ornt_aff(orientation, values.shape)
-    values = orientations.apply_orientation(values, orientation)
-    return Grid(path, values.shape, affine), values
-
-
-def _held(path: Path) -> int:
-    """Bytes that a file holds, unpacked. A packed one is read to its end, for nibabel stops before the checksum: a
-
-    damaged file would pass with wrong values.
-    """
-    if path.suffix.lower() != ".gz":
-        return path.stat().st_size
-    held = 0
-    with gzip.open(path) as stream:
-        while part := stream.read(1 << 22):
-            held += len(part)
-    return held
-
-
-def _check_header(path: Path, image: Any, held: int) -> None:
-    """Raises UserError for what cannot be one number a voxel of a 3-D scan, before anything is read or allocated."""
-    shape, dtype = tuple(int(size) for size in image.shape), image.get_data_dtype()
-    if dtype.kind not in "buif":
-        raise UserError(f"{path}: holds {dtype}, not one number per voxel; convert it to a scalar scan")
-    if min(shape, default=0) < 1:
-        raise UserError(f"{path}: has an empty axis (shape {shape}); export the scan again")
-    if len(shape) < 3 or math.prod(shape[3:]) > 1:
-        mend = "give it a third axis of 1" if len(shape) < 3 else "split it into 3-D files"
-        raise UserError(f"{path}: has shape {shape}, expected one 3-D scan; {mend}")
-    if is_proxy(image.dataobj) and ending_of(path.name, ENDINGS):  # pictures are in memory, other formats in two files
-        promised = image.dataobj.offset + math.prod(shape) * dtype.itemsize
-        if promised > held:
-            raise UserError(
-                f"{path}: unreadable or truncated (its header promises {promised} bytes, the file holds {held}); copy"
-                " or download the file again"
-            )
-
-
-def _orientation(path: Path, affine: Any) -> np.ndarray:
-    """Which axis of a scan runs along which of the patient's. Raises UserError for an affine that does not say."""
-    usable = affine is not None and np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) >= 1e-9
-    orientation = orientations.io_orientation(affine) if usable else np.full((3, 2), np.nan)
-    if np.isnan(orientation).any():  # two axes run the same way, as far as floats can tell
-        raise UserError(
-            f"{path}: its affine is singular or not finite, so its place in space is unknown;"
-            " mend the header or export the scan again"
-        )
-    return orientation
-
-
-def same_grid(a: Grid, b: Grid) -> bool:
-    """Whether two grids are one, up to a thousandth of a millimetre per voxel step.
-
-    Raises UserError for a picture of another size than what it goes with: it has no place in space to be found by.
-    """
-    if a.shape != b.shape and (is_picture(a.path) or is_picture(b.path)):
-        sizes = (" x ".join(map(str, grid.shape)) for grid in (a, b))
-        raise UserError(
-            f"{a.path}: has {next(sizes)} voxels, {b.path} {next(sizes)}; pictures have no place in space, so all files"
-            " of a case must have one size"
-        )
-    return a.shape == b.shape and np.allclose(a.affine, b.affine, rtol=0, atol=1e-3)
-
-
-def resample(
-    values: np.ndarray, source: Grid, target: Grid, *, order: int
-) -> tuple[np.ndarray, Bool[np.ndarray, "x y z"]]:
-    """Values of one grid at the voxel centres of another, and which of these centres the first grid covers.
-
-    order: 1 linear (images), 0 nearest (labels). Voxels that are not covered have the lowest value, so that
-    they look like background. Raises UserError when none is covered.
-    """
-    matrix = np.linalg.inv(source.affine) @ target.affine
-    linear, offset = matrix[:3, :3], cast(Any, matrix[:3, 3])
-    # grid-constant at order 0 reaches half a voxel beyond the outer centres: the true extent of the source.
-    covered = ndimage.affine_transform(
-        np.ones(values.shape, np.uint8),
-        linear,
-        offset,
-        target.shape,
-        order=0,
-        mode="grid-constant",
-        cval=0,
-    ).astype(bool)
-    if not covered.any():
-        raise UserError(
-            f"{source.path}: its grid does not overlap that of the reference {target.path};"
-            " register the scans to each other or leave this one out"
-        )
-    if order > 0:
-        values = values.astype(np.float32)
-    result = ndimage.affine_transform(values, linear, offset, target.shape, order=order, mode="nearest")
-    return np.where(covered, result, values.min()), covered
-
-
 def read_image(path: Path, grid: Grid | None) -> tuple[Grid, np.ndarray, np.ndarray] | None:
-    """One modality on a grid (its own when None): (grid, f32 [x, y, z], covered bool [x, y, z]); None for a constant
+    """One modality on a grid (its own when None): (its own grid, f32 [x, y, z], covered bool [x, y, z]); None for a
 
-    image, which says nothing. Raises UserError for an image whose grid does not overlap the given one.
+    constant image, which says nothing. Raises UserError for an image whose grid does not overlap the given one.
     """
     own, values = load_scan(path)
     if values.min() == values.max():
         return None
     if grid is None or same_grid(own, grid):
-        return grid or own, values.astype(np.float32), np.ones(values.shape, bool)
-    return (grid, *resample(values, own, grid, order=1))
+        return own, values.astype(np.float32), np.ones(values.shape, bool)
+    return (own, *resample(values, own, grid, order=1))
 
 
 def read_label(
-    path: Path, grid: Grid, label_map: Iterable[tuple[int, int]], classes: Sequence[str]
+    path: Path, grid: Grid, scans: Sequence[Grid], label_map: Iterable[tuple[float, int]], classes: Sequence[str]
 ) -> tuple[Int32[np.ndarray, "x y z"], list[str]]:
     """The mask's class indices on a grid (-1 where its file does not reach, or says so) and warnings.
 
-    Raises UnknownLabelError for a value that `label_map` lacks, UserError for a mask that misses the grid.
+    scans: the grids of the case's images, on any of which a mask may have been drawn. Raises UnknownLabelError for
+    values that `label_map` lacks, UserError for a mask that is none or that seems to have lost its place: of the grid's
+    shape with another affine, or over less than half of it.
     """
     own, values = load_scan(path)
+    label = classes_of(path, values, tuple(label_map), classes)
+    warnings = [*own.doubts]
+    if not same_grid(own, grid):
+        label, covered = resample(label, own, grid, order=0)
+        label = np.where(covered, label, IGNORED)
+        share, words = covered.mean(), [" x ".join(map(str, one.shape)) for one in (own, grid)]
+        lost = share < 0.5
+        said = f"shape {words[0]}, not {words[1]}"
+        if own.shape == grid.shape:
+            mm, voxels = apart(own, grid)
+            lost |= voxels > ROUNDING
+            said = f"the same shape, but voxels up to {mm:.3g} mm apart by the affines"
+        said += "" if covered.all() else f"; {share:.0%} of it covered"
+        if lost and not any(same_grid(own, scan) for scan in scans):
+            raise UserError(
+                f"{path}: lies on another grid than {grid.path} ({said}), so its place is in doubt; save the label with"
+                " the affine of that scan, or resample it onto that scan"
+            )
+        beyond = "" if covered.all() else ", the rest counts as unlabelled"
+        warnings.append(f"{path}: lies on another grid than {grid.path} ({said}); resampled by nearest voxel{beyond}")
+    return label.astype(np.int32), warnings
+
+
+def classes_of(
+    path: Path, values: np.ndarray, label_map: Sequence[tuple[float, int]], classes: Sequence[str]
+) -> Int32[np.ndarray, "x y z"]:
+    """The class index of every voxel of a mask. Raises UserError for values that are no whole numbers and for a
+
+    `label_map` that cannot be, UnknownLabelError for values that it lacks.
+    """
+    if odd := [value for value, _ in label_map if value != int(value)]:
+        raise UserError(f"config.data.label_map has the value {odd[0]}; masks hold whole numbers, give those")
     table = {int(value): int(index) for value, index in label_map}
     keys = np.array(sorted(table))
     indices = np.array([table[key] for key in keys], np.int32)
@@ -292,21 +145,27 @@ def read_label(
         values = restored(values, keys, path)
     # Masks stored as float, or scaled by the header, are whole numbers up to rounding.
     whole = np.rint(values)
-    unknown = ~np.isin(whole, keys) | (np.abs(values - whole) > 1e-3)
-    if unknown.any():
-        value = values[unknown][0]
-        raise UnknownLabelError(
-            f"{path}: label value {value:g} is not in config.data.label_map (it knows {sorted(table)});"
-            f" add ({value:g}, class index) to config.data.label_map"
+    if (broken := np.abs(values - whole) > 1e-3).any():
+        raise UserError(
+            f"{path}: holds values between whole numbers ({_listed(values[broken])}), so it is no mask of classes; give"
+            " the mask, or round or threshold it"
         )
-    label = indices[np.searchsorted(keys, whole.astype(np.int64))]
-    warnings: list[str] = []
-    if not same_grid(own, grid):
-        label, covered = resample(label, own, grid, order=0)
-        if not covered.all():
-            label = np.where(covered, label, IGNORED)
-            warnings.append(f"{path}: covers only {covered.mean():.0%} of {grid.path}; the rest counts as unlabelled")
-    return label.astype(np.int32), warnings
+    if (unknown := ~np.isin(whole, keys)).any():
+        found = np.unique(whole[unknown])
+        several = len(found) > 1
+        mend = "(value, class index) for each" if several else f"({found[0]:g}, class index)"
+        raise UnknownLabelError(
+            f"{path}: label value{'s' * several} {_listed(found)} {'are' if several else 'is'} not in"
+            f" config.data.label_map (it knows {sorted(table)}); add {mend} to config.data.label_map"
+        )
+    return indices[np.searchsorted(keys, whole.astype(np.int64))]
+
+
+def _listed(values: np.ndarray) -> str:
+    """The different ones among these values, the first few of many."""
+    found = np.unique(values)
+    more = f" and {len(found) - MOST_VALUES} more" if len(found) > MOST_VALUES else ""
+    return ", ".join(f"{value:g}" for value in found[:MOST_VALUES]) + more
 
 
 def restored(values: np.ndarray, keys: Int[np.ndarray, " k"], path: Path) -> np.ndarray:
@@ -342,7 +201,7 @@ def read_volume(
     *,
     modalities: Sequence[str],
     reference: str,
-    label_map: Iterable[tuple[int, int]],
+    label_map: Iterable[tuple[float, int]],
     classes: Sequence[str],
     intensity: Mapping[str, Sequence[Any]] = MappingProxyType({}),
     drop_copies: bool = False,
@@ -359,14 +218,18 @@ def read_volume(
         raise UserError(f"{case.name}: none of {', '.join(modalities)} is there; give at least one modality")
     warnings: list[str] = []
     grid: Grid | None = None
+    own: list[Grid] = []
     scans: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for name in sorted(names, key=lambda name: name != reference):
         read = read_image(case.images[name], grid)
         if read is None:
             warnings.append(f"{case.images[name]}: every voxel has the same value; counts as missing")
         else:
-            grid, values, covered = read
+            scan, values, covered = read
+            own.append(scan)
+            grid = grid or scan
             scans[name] = values, covered
+            warnings += scan.doubts
     if grid is None:
         raise UserError(
             f"{case.images[names[0]]}: every voxel has the same value, and no other scan of case {case.name} says more;"
@@ -380,8 +243,8 @@ def read_volume(
     label = raters = None
     if case.label is not None:
         label_map = tuple(label_map)
-        drawn = [read_label(path, grid, label_map, classes) for path in (case.label, *case.raters)]
-        labels = np.ascontiguousarray(np.moveaxis(np.stack([own for own, _ in drawn]), 3, 1))
+        drawn = [read_label(path, grid, own, label_map, classes) for path in (case.label, *case.raters)]
+        labels = np.ascontiguousarray(np.moveaxis(np.stack([mask for mask, _ in drawn]), 3, 1))
         warnings += [line for _, about in drawn for line in about]
         if not (labels > 0).any():
             warnings.append(f"{case.label}: empty label (background only); kept as a case without a lesion")
@@ -449,7 +312,7 @@ def read_volumes(
     *,
     modalities: Sequence[str],
     reference: str,
-    label_map: Iterable[tuple[int, int]],
+    label_map: Iterable[tuple[float, int]],
     classes: Sequence[str],
     intensity: Mapping[str, Sequence[Any]] = MappingProxyType({}),
     drop_copies: bool = False,
@@ -482,49 +345,3 @@ def read_volumes(
             volumes.append(volume)
             problems.extend(volume.warnings)
     return volumes, problems
-
-
-def write_map(path: Path, array: np.ndarray, reference: Path, dtype: Any, *, channel_axis: int | None = None) -> None:
-    """Writes a canonical map [D, H, W] as NIfTI in the reference scan's own geometry, whole or not at all.
-
-    array: [D, H, W], or with channels first (channel_axis=0) or last (channel_axis=-1); they become the
-    fourth axis of the file.
-    dtype: the stored type; values are stored as they are, without scaling.
-    The reference's orientation, affine (bit for bit), sform and qform codes and units are kept; its intensity
-    scaling, display range and header extensions (which may name the patient) are not.
-    Raises ValueError when the shape is not the reference's, OSError when the folder cannot be written.
-    """
-    if channel_axis not in (None, 0, -1):
-        raise ValueError(f"channel_axis is {channel_axis}, expected None, 0 or -1")
-    if array.ndim != (3 if channel_axis is None else 4):
-        raise ValueError(f"an array of shape {array.shape} does not go with channel_axis={channel_axis}")
-    scan = open_scan(reference)
-    if channel_axis == 0:
-        array = np.moveaxis(array, 0, -1)
-    canonical = np.moveaxis(array, 0, 2)
-    native = orientations.io_orientation(scan.affine)
-    inverse = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), native)
-    values = orientations.apply_orientation(canonical, inverse)
-    if values.shape[:3] != scan.shape[:3]:
-        raise ValueError(f"the map has shape {values.shape[:3]}, {reference} has {scan.shape[:3]}")
-    values = np.ascontiguousarray(values, dtype=np.dtype(dtype))
-    if isinstance(scan, nibabel.Nifti1Image):
-        header: Any = scan.header.copy()
-        header.extensions.clear()
-        header.set_data_shape(values.shape)
-        header.set_data_dtype(values.dtype)
-        header.set_slope_inter(1, 0)
-        header.set_intent("none")
-        header["cal_min"] = header["cal_max"] = 0
-        header["descrip"] = b""
-        output = type(scan)(values, scan.affine, header)
-    else:
-        output = nibabel.Nifti1Image(values, scan.affine)
-    path = Path(path)
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        nibabel.save(output, beside)
-        os.replace(beside, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            beside.unlink()

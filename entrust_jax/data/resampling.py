@@ -18,7 +18,8 @@ from nibabel.affines import voxel_sizes
 from nibabel.imageglobals import LoggingOutputSuppressor
 
 from entrust_jax.data.body import coordinates
-from entrust_jax.data.preprocess import UNREADABLE, Volume, open_scan
+from entrust_jax.data.preprocess import Volume
+from entrust_jax.data.scans import UNREADABLE, in_mm, open_scan
 from entrust_jax.errors import UserError
 
 PLANNED = ("median",)  # config.data.spacing that asks for a plan
@@ -101,8 +102,8 @@ def header_lattice(path: Path) -> Lattice | None:
         with LoggingOutputSuppressor():
             image = open_scan(path)
         order = orientations.io_orientation(image.affine)[:, 0].argsort()
-        sizes, spacing = np.array(image.shape[:3])[order], voxel_sizes(image.affine)[order]
-    except (*UNREADABLE, IndexError, np.linalg.LinAlgError):
+        sizes, spacing = np.array(image.shape[:3])[order], voxel_sizes(in_mm(image))[order]
+    except (UserError, *UNREADABLE, IndexError, np.linalg.LinAlgError):
         return None
     if not (np.all(np.isfinite(spacing)) and np.all(spacing > 0)):
         return None
@@ -110,17 +111,17 @@ def header_lattice(path: Path) -> Lattice | None:
     return Lattice((z, x, y), (dz, dx, dy))
 
 
-def working(own: Lattice, spacing: Sequence[float]) -> Lattice:
+def working(own: Lattice, spacing: Sequence[float], scan: Path | str) -> Lattice:
     """The lattice of this spacing over the field of view of `own`, to half a voxel; 0 leaves an axis as it is.
 
-    Raises UserError for one that is more than `FINEST` times as fine as the scan.
+    Raises UserError, naming the scan, for one that is more than `FINEST` times as fine as the scan.
     """
     sizes, steps = [], []
     for size, step, wanted in zip(own.sizes, own.spacing, spacing or (0.0,) * len(own.sizes), strict=True):
         if 0 < wanted < step / FINEST:
             raise UserError(
-                f"config.data.spacing asks for {wanted:g} mm where a scan has {step:.3g} mm: nothing so fine was"
-                " measured; give more"
+                f"{scan}: has {step:.3g} mm where config.data.spacing asks for {wanted:g} mm: nothing so fine was"
+                " measured; give more, mend its header or leave it out"
             )
         stays = wanted == 0 or abs(wanted / step - 1) < SAME_SPACING
         sizes.append(size if stays else max(1, round(size * step / wanted)))
@@ -163,7 +164,7 @@ def at_spacing(volume: Volume, spacing: Sequence[float]) -> Volume:
     it. Ours.
     """
     own = lattice_of(volume)
-    target = working(own, spacing)
+    target = working(own, spacing, volume.reference or volume.name)
     if target == own:
         return volume
     inside = moved(volume.body.astype(np.float32), own, target)

@@ -12,6 +12,7 @@ site that every modality hides cannot be seen to be one, and is no test of a bel
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -52,6 +53,14 @@ def posterior(evidence: Int[np.ndarray, "*s m"], reliability: Sequence[float], p
     """P(z = 1 | what the modalities show)."""
     rho = np.asarray(reliability, float)
     return np.asarray(expit(logit(prior) + np.asarray(evidence) @ logit(rho)))
+
+
+def patterns(reliability: Sequence[float]) -> tuple[Int[np.ndarray, "e m"], Float[np.ndarray, " e"]]:
+    """Everything that the modalities can show of a site together, and how often they do."""
+    rho = np.asarray(reliability, float)
+    evidence = np.array(list(itertools.product((1, -1), repeat=len(rho))))
+    given = [np.where(evidence == z, rho, 1 - rho).prod(axis=1) for z in (1, -1)]
+    return evidence, PRIOR * given[0] + (1 - PRIOR) * given[1]
 
 
 def candidate(volume: Volume) -> Candidate | None:

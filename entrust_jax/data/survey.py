@@ -24,6 +24,7 @@ from entrust_jax.data.cases import (
     why_no_scan,
 )
 from entrust_jax.data.preprocess import Volume
+from entrust_jax.data.scans import load_scan
 from entrust_jax.errors import UserError
 
 CELLS = (3, 6, 6)  # of the body's box, in which a modality's mean and spread are compared between cases
@@ -31,6 +32,7 @@ LEAST_VOXELS = 20  # of a cell, below which it says nothing
 LEAST_CASES = 8  # of a modality, below which there is no usual appearance
 USUAL_CASES = 100  # at most, whose appearance is the usual one
 SUSPICIOUS = 1.03  # usual distance over that of the best exchange: 1 of 61 glioma patients lies above it as they are
+ODD = 10.0  # times the median spacing of a set, above which and below whose inverse a scan gets a word
 SAMPLES = 12  # patches of a case, of which the one with most foreground shows the augmentation
 FAR = 4.0  # deviations from the usual that count; more is no more
 SHOWN = 5  # files, and folders, that are not read and have a line of their own
@@ -59,6 +61,7 @@ class Finding(NamedTuple):
     prints: tuple[Print, ...]  # of scans with more than one value and of masks that are not empty
     warnings: tuple[str, ...]
     error: str = ""
+    scan: str = ""  # the file of the reference
     drawn: tuple[int, ...] = ()  # class indices that any rater's mask holds
     values: tuple[float, ...] = ()  # of the mask files, as stored
 
@@ -129,6 +132,7 @@ def look(data: Any, case: Case | str, seed: int) -> tuple[Finding, Glimpse | Non
         appearance=np.stack([appearance(volume, m) for m in range(len(modalities))]),
         prints=prints,
         warnings=tuple(said),
+        scan=str(volume.reference or volume.name),
         drawn=() if volume.label is None else tuple(np.unique(preprocess.labels_of(volume)).tolist()),
         values=values,
     )
@@ -142,12 +146,12 @@ def prints_of(case: Case, volume: Volume) -> tuple[tuple[Print, ...], tuple[floa
     """
     prints, values = [], set()
     for path in case.images.values():
-        _, scan = preprocess.load_scan(path)
+        _, scan = load_scan(path)
         if scan.min() < scan.max():
             prints.append(Print(path, digest(scan), False))
     drawn = [path for path in (case.label, *case.raters) if path is not None]
     for path, label in zip(drawn, preprocess.labels_of(volume) if drawn else (), strict=True):
-        _, mask = preprocess.load_scan(path)
+        _, mask = load_scan(path)
         values.update(np.unique(mask).tolist())
         if (label > 0).any():
             prints.append(Print(path, digest(mask), True))
@@ -271,6 +275,25 @@ def _exchanges(here: list[int]) -> list[tuple[int, ...]]:
     return orders
 
 
+def odd_spacings(findings: Sequence[Finding]) -> list[str]:
+    """A line for every case whose voxels are many times coarser or finer along an axis than the set's median.
+
+    A header in another unit, or a scan of another kind; a plan of the working spacing counts it as well.
+    """
+    read = [finding for finding in findings if not finding.error]
+    lines = []
+    for finding in read if len(read) > 2 else []:  # of two neither is usual
+        median = np.median([one.spacing for one in read], axis=0)
+        times = np.array(finding.spacing) / median
+        if np.any(times > ODD) or np.any(times < 1 / ODD):
+            own, usual = (" x ".join(f"{mm:.3g}" for mm in spacing) for spacing in (finding.spacing, median.tolist()))
+            lines.append(
+                f"{finding.scan}: has voxels of {own} mm, the set's median is {usual} (D H W); see whether its header"
+                " is in another unit"
+            )
+    return lines
+
+
 def repeated(findings: Sequence[Finding]) -> list[str]:
     """A line for every two cases that hold the same scan or mask: on both sides of a split it would leak."""
     first: dict[str, tuple[str, Path]] = {}
@@ -391,7 +414,7 @@ def epoch(
     total = 0.0
     for one in findings:
         if one.name in names and one.counts is not None and not one.error:
-            depth, *plane = resampling.working(resampling.Lattice(one.shape, one.spacing), spacing).sizes
+            depth, *plane = resampling.working(resampling.Lattice(one.shape, one.spacing), spacing, one.scan).sizes
             slices = one.slices * depth / one.shape[0]
             sizes = (slices, *plane)
             covered = [-(-size // own) for size, own in zip(sizes, patch, strict=True)] if len(patch) == 3 else [slices]

@@ -5,7 +5,15 @@ from typing import Any
 
 from entrust_jax.metrics import statistics
 from entrust_jax.metrics.scoring import Scores
-from entrust_jax.metrics.summary import RATER_METRICS, Quantity, join_patients, quantities, set_sizes
+from entrust_jax.metrics.summary import (
+    AREAS,
+    RATER_METRICS,
+    Quantity,
+    join_patients,
+    order_bounds,
+    quantities,
+    set_sizes,
+)
 
 COMPARED = {  # metric -> +1 where more is better, -1 where less is, 0 where neither
     "dice": 1,
@@ -21,8 +29,10 @@ COMPARED = {  # metric -> +1 where more is better, -1 where less is, 0 where nei
     "brier/after": -1,
     "error_auroc": 1,
     "error_auprc": 1,
+    "aurc_referral": -1,
     "aurc": -1,
     "predicted_dice_mae": -1,
+    "predicted_dice_spearman": 1,
     "hypothesis_diversity": 0,
     "hypothesis_dice": 0,
     "interslice_dice": 0,
@@ -44,13 +54,15 @@ def compare(methods: Mapping[str, Sequence[Scores]], *, resamples: int = statist
     "n", "p", "p_holm", "rank_biserial"}}}} where a difference is method less reference over the patients
     that both score, its interval from resampling those patients for both at once, p from the Wilcoxon test
     of per-patient differences (Holm over the metrics). Figures against several raters carry N and R, and have a
-    difference at equal N only. Raises ValueError unless all methods scored the same cases.
+    difference at equal N only; areas under risk-coverage carry those of a random and of the best order. Raises
+    ValueError unless all methods scored the same cases.
     """
     reference, *others = methods
     cases = {name: [(case.name, case.patient) for case in scores] for name, scores in methods.items()}
     if any(cases[name] != cases[reference] for name in others):
         raise ValueError("methods scored different cases")
-    tables = {name: quantities(join_patients(scores)) for name, scores in methods.items()}
+    patients = {name: join_patients(scores) for name, scores in methods.items()}
+    tables = {name: quantities(own) for name, own in patients.items()}
     sizes = {name: set_sizes(scores) for name, scores in methods.items()}
     figures = {
         name: {
@@ -59,7 +71,7 @@ def compare(methods: Mapping[str, Sequence[Scores]], *, resamples: int = statist
                 int(table[metric].valid.sum()),
                 resamples=resamples,
             )
-            | (sizes[name] if metric in RATER_METRICS else {})
+            | (sizes[name] if metric in RATER_METRICS else order_bounds(patients[name]) if metric in AREAS else {})
             for metric in COMPARED
             if metric in table
         }
@@ -123,4 +135,5 @@ def _cell(figure: Mapping[str, Any] | None, sign: str = "") -> str:
     if figure["ci95"] is not None:
         text += f" [{figure['ci95'][0]:{sign}.4g}, {figure['ci95'][1]:{sign}.4g}]"
     more = f", N={figure['hypotheses']}" if "hypotheses" in figure else ""
+    more += f", random {figure['random']:.4g}, best {figure['oracle']:.4g}" if "random" in figure else ""
     return text + f" (n={figure['n']}{more})"

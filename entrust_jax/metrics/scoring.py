@@ -73,8 +73,8 @@ def score_case(
     its raters, -1 where unknown. Of several raters each is the truth once; values and sums are the means over them.
 
     Needs label [D,H,W], probability and probability_raw [D,H,W,K] (after and before calibration),
-    error_probability and entropy [D,H,W] and seconds; scores hypotheses [N,D,H,W], unimodal [M,D,H,W,K]
-    with present [M], predicted_dice, gap with
+    error_probability and entropy [D,H,W], trust with its score, and seconds; scores hypotheses [N,D,H,W],
+    unimodal [M,D,H,W,K] with present [M], predicted_dice, gap with
     mean (p_bar [D,H,W,K]), divergence and conflict where they exist. Conflict is stratified by the entropy
     of one_step (p_1 [D,H,W,K]) if the prediction holds it, else by entropy. spacing in mm.
     """
@@ -87,6 +87,7 @@ def score_case(
         sums = {key: np.mean([one[key] for _, one in each], axis=0) for key in sums}
         values |= _rater_scores(prediction.get("hypotheses", prediction["label"][None]), labels, targets.foreground())
     values["uncertainty"] = usefulness.mean_inside(prediction["error_probability"], roi, body)
+    values["trust"] = float(prediction["trust"]["score"])
     values["seconds"] = float(prediction["seconds"])
     if prediction.get("predicted_dice") is not None:
         values["predicted_dice"] = float(prediction["predicted_dice"])

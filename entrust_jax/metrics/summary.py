@@ -17,6 +17,7 @@ COUNTS = ("lesions", "lesions_missed", "lesions_spurious")  # per case and group
 RATER_METRICS = ("ged2", "hm_iou", "d_max", "ci_score")  # of hypotheses against several raters
 # What became of the guarantees (`conformal.apply`) on these patients.
 GUARANTEED = ("outer_fnr", "outer_size", "inner_fdr", "inner_size", "dice_covered", "volume_covered")
+AREAS = ("aurc_referral", "aurc")  # under risk-coverage curves: beside them stand a random and the best order
 REFERRED = (0.0, 0.1, 0.2, 0.3, 0.5)  # shares of the patients that a person looks at
 
 CONVENTIONS = {
@@ -54,16 +55,22 @@ CONVENTIONS = {
     "its right ones, ROI, voxels pooled over patients, ties half; entropy_*: "
     "the same with the predictive entropy",
     "error_auprc": "average precision of the same; chance is the prevalence beside it",
-    "aurc": "risk = 1 - dice per case, confidence = minus the mean error probability "
-    "in the ROI; the mean of the n points",
+    "aurc_referral": "area under risk-coverage: the mean of its n points, risk = 1 - dice per case, cases in the order "
+    "of referral.csv: by the trust score (the predicted Dice before the calibration patients correct it, for a method "
+    "without one 1 - mean error probability; 0 where nothing was found), of equal ones those with the larger mean "
+    "error probability in the ROI first. random: 1 - mean dice, the area without an order; oracle: that in the order "
+    "of the true dice; excess_*: the area less the oracle's. A case without a dice has no risk, so an empty label "
+    "counts here only where it is wrong",
+    "aurc": "the same, confidence = minus the mean error probability in the ROI",
     "predicted_dice_mae": "mean |predicted Dice - dice_by_class| (mean over the foreground classes, "
     "empty truth with empty prediction 1: what the prediction estimates)",
+    "predicted_dice_spearman": "rank correlation of the same two over three patients or more; ties share a rank",
     "conformal": "per region, mean over patients: outer_fnr, share of the truth outside the outer mask, patients with "
     "the region only; inner_fdr, share of the inner mask outside the truth, 0 for an empty mask; outer_size and "
     "inner_size, the mask's voxels over the truth's; dice_covered and volume_covered, share of the patients (of one "
     "with several cases: of these) whose true Dice (dice_by_class) or volume lies in its interval",
-    "referral": "mean dice of the patients that are left when the share `referred` with the largest mean error "
-    "probability in the ROI goes to a person; the nearest whole number of patients, of equals the mean",
+    "referral": "mean dice of the patients that are left when the share `referred` that comes first in the order of "
+    "referral goes to a person; the nearest whole number of patients, of equals the mean",
     "hypothesis_diversity": "E d(X, X'), d = 1 - IoU averaged over the foreground classes, empty with "
     "empty IoU 1, unbiased over pairs (comparable between numbers of "
     "hypotheses)",
@@ -140,8 +147,8 @@ def quantities(patients: Sequence[Scores]) -> dict[str, Quantity]:
     """Every statistic by name over joined patients; only those whose ingredients the method has."""
     found: dict[str, Quantity] = {}
     renamed = {"predicted_dice_error": "predicted_dice_mae", "seconds": "seconds_per_case"}
-    skipped = ("uncertainty", "predicted_dice", "roi_voxels", "volume_ml", "true_volume_ml", "hypotheses", "raters")
-    skipped += COUNTS
+    skipped = ("uncertainty", "trust", "predicted_dice", "roi_voxels", "volume_ml", "true_volume_ml", "hypotheses")
+    skipped += ("raters", *COUNTS)
     for key in dict.fromkeys(key for one in patients for key in one.values):
         if key.partition("/")[0] not in skipped:
             data = np.array([one.values.get(key, np.nan) for one in patients], np.float64)
@@ -161,9 +168,16 @@ def quantities(patients: Sequence[Scores]) -> dict[str, Quantity]:
         found[f"{prefix}_auroc"] = _pooled(patients, source, usefulness.auroc_from_histogram)
         found[f"{prefix}_auprc"] = _pooled(patients, source, usefulness.average_precision_from_histogram)
     found["error_prevalence"] = _pooled(patients, "error", usefulness.prevalence_from_histogram)
-    pairs = risk_and_confidence(patients)
-    for name, area in (("aurc", usefulness.aurc), ("excess_aurc", usefulness.excess_aurc)):
-        found[name] = Quantity(pairs, np.asarray(np.isfinite(pairs).all(axis=1)), _repeated(area), paired=False)
+    cases = risk_and_confidence(patients)
+    ranked = np.asarray(np.isfinite(cases).all(axis=1))
+    for column, order in ((1, "_referral"), (2, "")):
+        for name, area in (("aurc", usefulness.aurc), ("excess_aurc", usefulness.excess_aurc)):
+            found[f"{name}{order}"] = Quantity(cases[:, [0, column]], ranked, _repeated(area), paired=False)
+    if any("predicted_dice" in one.values for one in patients):
+        keys = ("predicted_dice", "dice_by_class")
+        pairs = np.array([[one.values.get(key, np.nan) for key in keys] for one in patients], np.float64)
+        known = np.asarray(np.isfinite(pairs).all(axis=1))
+        found["predicted_dice_spearman"] = Quantity(pairs, known, _repeated(_spearman), paired=False)
     if "tower" in patients[0].sums:
         found["tower_gap"] = _pooled(patients, "tower", lambda sums: _ratio(sums[[0, 2]]))
         found["tower_bound"] = _pooled(patients, "tower", lambda sums: _ratio(sums[[1, 2]]))
@@ -180,6 +194,10 @@ def _ratio(sums: Float[np.ndarray, "2"]) -> float:
     return float(sums[0] / sums[1]) if sums[1] > 0 else float("nan")
 
 
+def _spearman(x: np.ndarray, y: np.ndarray) -> float:
+    return conflict.partial_spearman(x, y, [])
+
+
 def _repeated(area: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[np.ndarray, np.ndarray], float]:
     def reduce(rows: np.ndarray, weights: np.ndarray) -> float:
         drawn = np.repeat(rows, weights.astype(np.int64), axis=0)
@@ -188,9 +206,23 @@ def _repeated(area: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[np.n
     return reduce
 
 
-def risk_and_confidence(patients: Sequence[Scores]) -> Float[np.ndarray, "n 2"]:
-    """(1 - Dice, minus the mean error probability) per patient, NaN where undefined."""
-    return np.array([(1 - one.values["dice"], -one.values["uncertainty"]) for one in patients], np.float64)
+def risk_and_confidence(patients: Sequence[Scores]) -> Float[np.ndarray, "n 3"]:
+    """(1 - Dice, place in the order of referral, minus the mean error probability) per patient, NaN where undefined."""
+    dice, score, error = np.array(
+        [[one.values[key] for key in ("dice", "trust", "uncertainty")] for one in patients], np.float64
+    ).T
+    return np.stack([1 - dice, usefulness.places(score, error), -error], axis=1)
+
+
+def order_bounds(patients: Sequence[Scores]) -> dict[str, float]:
+    """What an AURC stands beside: {"random", "oracle"}, the areas that cases in no order, and in that of their true
+
+    Dice, would have; {} where no patient has a Dice. An order whose area is above the random one's is worth less than
+    none.
+    """
+    cases = risk_and_confidence(patients)
+    risk = cases[np.isfinite(cases).all(axis=1), 0]
+    return {"random": float(risk.mean()), "oracle": usefulness.aurc(risk, -risk)} if risk.size else {}
 
 
 def case_row(case: Scores) -> dict[str, Any]:
@@ -235,13 +267,16 @@ def summarise(cases: Sequence[Scores], targets: Targets, *, resamples: int = sta
         metric, _, stage = key.partition("/")
         if stage in ("before", "after") and metric not in GEOMETRY:
             summary.setdefault(metric, {})[stage] = value
-    for key in ("error_auroc", "entropy_auroc", "aurc", "excess_aurc"):
+    for key in ("error_auroc", "entropy_auroc", "excess_aurc_referral", "excess_aurc"):
         summary[key] = done[key]
+    for key in AREAS:
+        summary[key] = {**done[key], **order_bounds(patients)}
     for key in ("error_auprc", "entropy_auprc"):
         summary[key] = {**done[key], "prevalence": done["error_prevalence"]["value"]}
     for key in (
         "location_dice",
         "predicted_dice_mae",
+        "predicted_dice_spearman",
         "hypothesis_diversity",
         "hypothesis_dice",
         "interslice_dice",
@@ -283,11 +318,11 @@ def summarise(cases: Sequence[Scores], targets: Targets, *, resamples: int = sta
 
 def referral(patients: Sequence[Scores]) -> dict[str, list[float]]:
     """The referral curve at the shares of REFERRED: {"referred", "dice"}; of patients that have a Dice."""
-    pairs = risk_and_confidence(patients)
-    pairs = pairs[np.isfinite(pairs).all(axis=1)]
-    if not len(pairs):
+    cases = risk_and_confidence(patients)
+    cases = cases[np.isfinite(cases).all(axis=1)]
+    if not len(cases):
         return {"referred": [], "dice": []}
-    shares, dice = usefulness.referral_curve(1 - pairs[:, 0], -pairs[:, 1])
+    shares, dice = usefulness.referral_curve(1 - cases[:, 0], -cases[:, 1])
     nearest = [int(np.argmin(np.abs(shares - share))) for share in REFERRED]
     return {"referred": [float(shares[i]) for i in nearest], "dice": [float(dice[i]) for i in nearest]}
 

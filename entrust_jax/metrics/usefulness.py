@@ -96,6 +96,16 @@ def excess_aurc(risk: Float[np.ndarray, " n"], confidence: Float[np.ndarray, " n
     return aurc(risk, confidence) - aurc(risk, -risk)
 
 
+def places(score: Float[np.ndarray, " n"], uncertainty: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Place of every case from the one to refer first, 0, upwards: by the trust score, of equal ones the most uncertain
+    first; equal in both, they share a place. NaN where either is. A confidence for `risk_coverage`."""
+    keys = np.stack([score, -uncertainty], axis=1)
+    known = np.isfinite(keys).all(axis=1)
+    found = np.full(len(keys), np.nan)
+    found[known] = np.unique(keys[known], axis=0, return_inverse=True)[1].reshape(-1)
+    return found
+
+
 def referral_curve(
     quality: Float[np.ndarray, " n"], uncertainty: Float[np.ndarray, " n"]
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from PIL import Image
 
 # Okabe & Ito: told apart with every common colour vision deficiency.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -274,14 +275,18 @@ def _hung(plane: np.ndarray) -> np.ndarray:
     return np.swapaxes(plane, 0, 1)[::-1, ::-1]
 
 
-def save(picture: Figure, path: Path) -> None:
-    """Writes a PNG beside `path` and renames it into place."""
+def save(picture: Figure, path: Path, palette: bool = False) -> None:
+    """Writes a PNG beside `path` and renames it into place. palette: of 256 colours, which halves a sheet of scans."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".png")
     os.close(handle)
     beside = Path(name)
     try:
         FigureCanvasAgg(picture)
         picture.savefig(beside, format="png")
+        if palette:
+            with Image.open(beside) as file:
+                reduced = file.convert("RGB").quantize(256, kmeans=2)  # else thin lines lose their colour
+            reduced.save(beside, format="PNG", optimize=True)
         beside.chmod(0o644)  # mkstemp makes it private
         beside.replace(path)
     finally:

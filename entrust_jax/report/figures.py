@@ -15,7 +15,6 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize, to_rgba
 from matplotlib.patches import Rectangle
-from scipy import ndimage
 
 from entrust_jax.report.page import WIDTH, Line, Panel, compose
 from entrust_jax.report.slices import (
@@ -24,6 +23,7 @@ from entrust_jax.report.slices import (
     INK,
     View,
     blank,
+    box,
     heat_rgba,
     make_view,
     note,
@@ -51,15 +51,15 @@ CAUSE_KEY = {
 SHOWN_REGIONS = 3
 
 
-def informative_slice(prediction: Mapping[str, Any], body: np.ndarray, threshold: float) -> tuple[int, str]:
+def informative_slice(prediction: Mapping[str, Any], body: np.ndarray) -> tuple[int, str]:
     """The axial slice that tells most, and why it was chosen.
 
     The largest expected number of wrong voxels, counted where something was found or the error probability is
-    above the threshold (over the whole body the background's small probabilities would win); without any, the
+    above that of a review (over the whole body the background's small probabilities would win); without any, the
     largest lesion; without that, the middle of the body.
     """
     label, error = prediction["label"] > 0, prediction["error_probability"]
-    expected = np.where(label | (error > threshold), error, 0.0).sum(axis=(1, 2), dtype=np.float64)
+    expected = np.where(label | (error > explanation.REVIEW_THRESHOLD), error, 0.0).sum(axis=(1, 2), dtype=np.float64)
     if expected.max() > 0:
         return int(expected.argmax()), "where most voxels are expected to be wrong"
     if label.any():
@@ -78,20 +78,18 @@ def overview(
     classes: Sequence[str],
     title: str,
     warnings: Sequence[str] = (),
-    threshold: float = 0.2,
 ) -> None:
     """Writes the picture as PNG. Maps that the method does not make are left out; missing modalities say so.
 
     prediction: the dict of one case; its regions are listed in their order.
-    threshold: error probability from which a region is up for review, as used for prediction["records"].
     """
     body = volume.body if volume.body.any() else np.ones_like(volume.body)
     view = make_view(body, volume.spacing)
-    chosen, why = informative_slice(prediction, body, threshold)
-    doubt = (prediction["label"][chosen] > 0) | (prediction["error_probability"][chosen] > threshold)
+    chosen, why = informative_slice(prediction, body)
+    doubt = (prediction["label"][chosen] > 0) | (prediction["error_probability"][chosen] > explanation.REVIEW_THRESHOLD)
     near = zoomed(view, doubt, volume.spacing)
     records = list(prediction.get("records", ()))[:SHOWN_REGIONS]
-    places = marks(prediction["error_probability"], records, chosen, threshold)
+    places = marks(prediction["error_probability"], records, chosen)
     panels = make_panels(
         prediction,
         volume,
@@ -148,18 +146,7 @@ def make_panels(
         axes.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=shown.extent, interpolation="bilinear")
         side_marks(axes)
         if shown is view and near is not view and z == chosen:
-            right, bottom = position(near.rows.start - 0.5, near.columns.start - 0.5, view)
-            axes.add_patch(
-                Rectangle(
-                    (right, bottom),
-                    -near.extent[1],
-                    near.extent[3],
-                    fill=False,
-                    edgecolor="white",
-                    linewidth=1.0,
-                    linestyle=(0, (4, 3)),
-                )
-            )
+            box(axes, near, view)
 
     def show_scan(axes: Axes, m: int) -> None:
         if volume.present[m]:
@@ -292,11 +279,9 @@ def make_panels(
     return panels
 
 
-def marks(
-    error: np.ndarray, records: Sequence[Mapping[str, Any]], chosen: int, threshold: float
-) -> list[tuple[int, int, int]]:
+def marks(error: np.ndarray, records: Sequence[Mapping[str, Any]], chosen: int) -> list[tuple[int, int, int]]:
     """Where to number each review region (D, H, W): in the chosen slice if it is there too."""
-    components, _ = ndimage.label(error > threshold, structure=np.ones((3, 3, 3)))  # type: ignore[misc]
+    components = explanation.components(error)
     found = []
     for record in records:
         z, h, w = (record["place"][key] for key in ("slice", "row", "column"))
@@ -374,7 +359,10 @@ def result_lines(prediction: Mapping[str, Any]) -> list[Line]:
         lines.append(Line("Predicted Dice: not available", 11.0, step=0.24))
     else:
         lines.append(Line(f"Predicted Dice: {dice:.2f}", 11.5, "bold", step=0.22))
-        lines.append(Line("expected overlap with an expert's outline; 1 is perfect", 9.5, colour=FAINT, step=0.3))
+        words = "expected overlap with an expert's outline; 1 is perfect"
+        if not prediction["label"].any():
+            words = "nothing was found, so there is no overlap to expect: look at the scans"
+        lines.append(Line(words, 9.5, colour=FAINT, step=0.3))
     for name, measured in prediction["regions"].items():
         lines.append(Line(f"{name}: {millilitres(measured['volume_ml'])} ml", 11.5, "bold", step=0.21))
         interval = measured.get("interval")

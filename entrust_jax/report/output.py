@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from nibabel import orientations
 
-from entrust_jax.data.preprocess import open_scan, write_map
+from entrust_jax.data.scans import in_mm, open_scan, write_map
 from entrust_jax.errors import UserError
 from entrust_jax.report import figures
 from entrust_jax.trustmap import explanation
@@ -45,6 +45,13 @@ MAPS = {
         "mutual information between hypotheses: how far the plausible outlines differ, nats",
     ),
     "conflict": ("conflict", "how strongly two scans support different classes, 0 to 1"),
+}
+# key of the prediction, of a file for each scan -> meaning
+OF_A_SCAN = {
+    "attribution": "Shapley value of {} for the delivered label, nats: positive supports it, negative argues against "
+    "it",
+    "counterfactual": "segmentation if {} alone were right where scans contradict each other (likeliest class of the "
+    "one-step prediction), label values as in label.nii.gz",
 }
 # file stem -> meaning; what is guaranteed of them stands in the report
 MASKS = {
@@ -152,13 +159,11 @@ def write_prediction(
     hypotheses: bool,
     versions: Mapping[str, str],
     warnings: Sequence[str] = (),
-    threshold: float = 0.2,
 ) -> None:
     """Writes maps, report and picture of one case to the folder `output`, whole or not at all.
 
-    name, method: the config's. regions: name -> class indices. threshold: error probability from which a
-    region is up for review, as used for prediction["records"]. Maps that the method does not make are absent,
-    and report.json says why.
+    name, method: the config's. regions: name -> class indices. Maps that the method does not make are
+    absent, and report.json says why.
 
     Raises UserError when `output` holds anything but an earlier prediction or cannot be written.
     """
@@ -196,17 +201,16 @@ def write_prediction(
             else:
                 absent["cause.nii.gz"] = why_absent("cause", method)
             for m, modality in enumerate(modalities):
-                stem = f"attribution_{modality}"
-                if "attribution" not in prediction:
-                    absent[f"{stem}.nii.gz"] = why_absent("attribution", method)
-                elif not volume.present[m]:
-                    absent[f"{stem}.nii.gz"] = f"no {modality} scan was given"
-                else:
-                    meaning = (
-                        f"Shapley value of {modality} for the delivered label, nats: "
-                        "positive supports it, negative argues against it"
-                    )
-                    write(stem, prediction["attribution"][m], np.float32, meaning)
+                for key, meaning in OF_A_SCAN.items():
+                    stem = f"{key}_{modality}"
+                    if key not in prediction:
+                        absent[f"{stem}.nii.gz"] = why_absent(key, method)
+                    elif not volume.present[m]:
+                        absent[f"{stem}.nii.gz"] = f"no {modality} scan was given"
+                    elif key == "counterfactual":
+                        write(stem, values[prediction[key][m]], values.dtype, meaning.format(modality))
+                    else:
+                        write(stem, prediction[key][m], np.float32, meaning.format(modality))
             promised: Mapping[str, Any] = prediction.get("conformal") or {}
             for stem, meaning in MASKS.items() if promised else ():
                 if own := promised[stem]:
@@ -231,7 +235,6 @@ def write_prediction(
                 classes=classes,
                 title=f"{volume.name}   ({method}, {name})",
                 warnings=warnings,
-                threshold=threshold,
             )
             report = {
                 "made_by": MAKER,
@@ -266,14 +269,7 @@ def write_prediction(
                     for record in prediction.get("records", ())
                 ],
                 "places": PLACES,
-                "thresholds": {
-                    "review_error_probability": threshold,
-                    "review_minimum_voxels": explanation.MINIMUM_VOXELS,
-                    "cause_error_probability": explanation.ERROR_FLOOR,
-                    "cause_conflict": explanation.CONFLICT_THRESHOLD,
-                    "cause_support": explanation.SUPPORT_THRESHOLD,
-                    "cause_boundary_voxels": explanation.BOUNDARY_VOXELS,
-                },
+                "thresholds": explanation.THRESHOLDS,
                 "warnings": list(warnings),
                 "seconds": prediction.get("seconds"),
                 "files": files,
@@ -300,6 +296,7 @@ def why_absent(key: str, method: str) -> str:
         "conflict": "evidence from each scan apart",
         "cause": "evidence from each scan apart",
         "attribution": "evidence from each scan apart",
+        "counterfactual": "evidence from each scan apart",
     }
     return f"the method {method} does not make it" + (f": it needs {needs[key]}" if key in needs else "")
 
@@ -313,7 +310,7 @@ def located(record: Mapping[str, Any], scan: Path) -> dict[str, Any]:
     canonical = np.array([place["row"], place["column"], place["slice"], 1.0])
     # inv_ornt_aff maps indices of the reoriented array to those of the array as stored.
     stored = orientations.inv_ornt_aff(orientation, shape) @ canonical
-    world = image.affine @ stored
+    world = in_mm(image) @ stored
     return {
         "scan_voxel": [round(v) for v in stored[:3].tolist()],
         "world_mm": [round(v, 2) for v in world[:3].tolist()],

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 # Okabe and Ito's colours stay apart under common colour blindness; those that stand out on grey come first.
@@ -160,6 +161,23 @@ def number_marks(axes: Axes, points: Sequence[tuple[float, float]], numbers: Seq
                 "path_effects": [withStroke(linewidth=2.6, foreground="black")],
             },
         )
+
+
+def box(axes: Axes, near: View, view: View) -> None:
+    """A dashed frame round what another panel shows enlarged; dark beneath, to be seen on fat."""
+    right, bottom = position(near.rows.start - 0.5, near.columns.start - 0.5, view)
+    axes.add_patch(
+        Rectangle(
+            (right, bottom),
+            -near.extent[1],
+            near.extent[3],
+            fill=False,
+            edgecolor="white",
+            linewidth=1.0,
+            linestyle=(0, (4, 3)),
+            path_effects=[withStroke(linewidth=2.2, foreground="black")],
+        )
+    )
 
 
 def side_marks(axes: Axes) -> None:

@@ -13,7 +13,7 @@ def check_values(config: Any) -> None:
     data, counts = config.data, {
         "train": ("batch", "draws", "log_every", "eval_every", "val_slices", "calibration_slices", "head_steps"),
         "model": ("d_c", "d_u", "space_to_depth"),
-        "unet": ("members",),
+        "unet": ("members", "passes"),
         "diffusion": ("hypotheses",),
     }  # fmt: skip
     for section, names in counts.items():
@@ -23,6 +23,8 @@ def check_values(config: Any) -> None:
     for name, value in config.trust.items():
         if not 0 < value < 1:
             raise UserError(f"config.trust.{name} is {value}; give a share between 0 and 1, both left out")
+    if not 0 <= config.unet.dropout < 1:
+        raise UserError(f"config.unet.dropout is {config.unet.dropout}; give a share of at least 0 and below 1")
     for section in ("model", "unet"):
         if not config[section].widths or min(config[section].widths) < 1:
             raise UserError(f"config.{section}.widths is {tuple(config[section].widths)}; give one width a scale")

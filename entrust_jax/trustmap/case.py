@@ -7,9 +7,9 @@ from jaxtyping import Bool, Float, Integer, UInt8
 from scipy import ndimage
 
 from entrust_jax.metrics import calibration, usefulness
+from entrust_jax.trustmap.explanation import REVIEW_THRESHOLD
 
 CONTESTED = 0.2  # conflict from which a voxel counts as contested
-DOUBTFUL = 0.2  # error probability from which a voxel is up for review
 
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 
@@ -153,6 +153,7 @@ def volumes(
 def trust(
     error: Float[np.ndarray, "d h w"],
     probability: Float[np.ndarray, "d h w k"],
+    label: UInt8[np.ndarray, "d h w"],
     body: Bool[np.ndarray, "d h w"],
     voxel_ml: float,
     predicted_dice: float | None,
@@ -161,20 +162,29 @@ def trust(
 ) -> dict[str, float | None]:
     """How far a whole result can be trusted: one score, and what else speaks for or against it (ours).
 
-    score               1 - mean error probability where the foreground is likelier than 5 %, dilated by 5 voxels (in
-                        the body where that is nowhere): the share of voxels there that should be right. Its order is
-                        that of evaluate's risk-coverage curve; the least trusted case is the first to refer.
+    score               the predicted Dice, 1 - mean_error for a method without one. 0 where nothing was found: a label
+                        without foreground is not trusted before a person has looked, for all hypotheses being empty
+                        gives a predicted Dice of 1 by convention (empty with empty), and a missed lesion cannot be
+                        seen in the result. The least trusted case is the first to refer, of equal scores the one with
+                        the larger mean_error: the order of referral.csv and of evaluate's risk-coverage curve.
+    nothing_found       whether the delivered label has no foreground
     predicted_dice      as given
+    mean_error          mean error probability where the foreground is likelier than 5 %, dilated by 5 voxels (in the
+                        body where that is nowhere)
     contested_ml        volume with conflict above .2; None without a conflict map
     largest_doubtful_ml largest connected part of {error > .2}
-    gap                 mean |p_1 - p_bar|_1 / 2 in the same place as the score; None without one
+    gap                 mean |p_1 - p_bar|_1 / 2 in the same place as mean_error; None without one
     """
     near = calibration.region_of_interest([probability[..., 0]])
-    parts, count = ndimage.label(error > DOUBTFUL)  # type: ignore[misc]
+    mean_error = usefulness.mean_inside(error, near, body)
+    nothing = not label.any()
+    parts, count = ndimage.label(error > REVIEW_THRESHOLD)  # type: ignore[misc]
     largest = int(np.bincount(parts.ravel())[1:].max()) if count else 0
     return {
-        "score": 1.0 - usefulness.mean_inside(error, near, body),
+        "score": 0.0 if nothing else 1.0 - mean_error if predicted_dice is None else predicted_dice,
+        "nothing_found": nothing,
         "predicted_dice": predicted_dice,
+        "mean_error": mean_error,
         "contested_ml": None if conflict is None else float((conflict > CONTESTED).sum() * voxel_ml),
         "largest_doubtful_ml": largest * voxel_ml,
         "gap": None if gap is None else usefulness.mean_inside(gap, near, body),

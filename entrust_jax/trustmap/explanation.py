@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int32, UInt8
 from scipy import ndimage
 
 NONE, MISSING_INPUT, CONFLICT, IGNORANCE, BOUNDARY, OTHER = range(6)
@@ -13,7 +13,17 @@ CONFLICT_THRESHOLD = 0.1
 SUPPORT_THRESHOLD = 0.1
 BOUNDARY_VOXELS = 2.0
 ERROR_FLOOR = 0.05
+REVIEW_THRESHOLD = 0.2  # error probability from which a voxel is up for review
 MINIMUM_VOXELS = 5
+# As report.json states them of a prediction, and train in the working folder, before any test case is seen.
+THRESHOLDS = {
+    "review_error_probability": REVIEW_THRESHOLD,
+    "review_minimum_voxels": MINIMUM_VOXELS,
+    "cause_error_probability": ERROR_FLOOR,
+    "cause_conflict": CONFLICT_THRESHOLD,
+    "cause_support": SUPPORT_THRESHOLD,
+    "cause_boundary_voxels": BOUNDARY_VOXELS,
+}
 
 
 def cause(
@@ -76,6 +86,13 @@ def _evidence(inside: tuple, conflict_pairs, support, modalities, classes, prese
     return {"pair": pair, "votes": votes}
 
 
+def components(error_probability: Float[np.ndarray, "d h w"]) -> Int32[np.ndarray, "d h w"]:
+    """The 3-D components (26 neighbours) of {e > REVIEW_THRESHOLD}, numbered from 1; 0 elsewhere."""
+    found = np.zeros(error_probability.shape, np.int32)
+    ndimage.label(error_probability > REVIEW_THRESHOLD, structure=np.ones((3, 3, 3)), output=found)
+    return found
+
+
 def records(
     error_probability: Float[np.ndarray, "d h w"],
     label: UInt8[np.ndarray, "d h w"],
@@ -88,11 +105,9 @@ def records(
     support: Float[np.ndarray, "m d h w k"] | None = None,
     attribution: Float[np.ndarray, "m d h w"] | None = None,
     counterfactual: UInt8[np.ndarray, "m d h w"] | None = None,
-    threshold: float = 0.2,
     largest: int = 10,
 ) -> list[dict]:
-    """One record per 3-D component (26 neighbours, at least 5 voxels) of {e > threshold}, most expected
-    errors first.
+    """One record per component of at least 5 voxels (`components`), most expected errors first.
 
     Arguments after `present` that a method lacks are None (conflict_pairs and support come together), and the
     parts of the record made from them are missing. Pairs are in the order of itertools.combinations; spacing
@@ -107,22 +122,21 @@ def records(
     than two); counterfactual {modality: {"region_ml", "total_ml"}}: foreground in the component and in the
     scan if only that modality were right. Everything is plain Python, ready for JSON.
     """
-    components = np.zeros(label.shape, np.int32)
-    ndimage.label(error_probability > threshold, structure=np.ones((3, 3, 3)), output=components)
-    count = int(components.max())
+    numbered = components(error_probability)
+    count = int(numbered.max())
     if count == 0:
         return []
     numbers = np.arange(1, count + 1)
-    sizes = np.bincount(components.ravel(), minlength=count + 1)[1:]
-    mass = ndimage.sum_labels(error_probability, components, numbers)
+    sizes = np.bincount(numbered.ravel(), minlength=count + 1)[1:]
+    mass = ndimage.sum_labels(error_probability, numbered, numbers)
     order = [i for i in np.argsort(-mass, kind="stable") if sizes[i] >= MINIMUM_VOXELS][:largest]
-    boxes = ndimage.find_objects(components)
+    boxes = ndimage.find_objects(numbered)
     voxel_ml = float(np.prod(spacing)) / 1000.0
     total_ml = None if counterfactual is None else (counterfactual > 0).sum((1, 2, 3)) * voxel_ml
 
     result = []
     for index, i in enumerate(order):
-        local = np.nonzero(components[boxes[i]] == i + 1)
+        local = np.nonzero(numbered[boxes[i]] == i + 1)
         inside = tuple(axis + box.start for axis, box in zip(local, boxes[i], strict=True))
         e = error_probability[inside].astype(np.float64)
         position = np.stack(inside, axis=1)

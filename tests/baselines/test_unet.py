@@ -1,5 +1,6 @@
 """The U-Net baselines."""
 
+import dataclasses
 import functools
 
 import jax
@@ -111,6 +112,45 @@ def test_training_drops_modalities(params):
         assert figures["ce"] == value
         seen.append(float(value))
     assert len(set(seen)) > 1
+
+
+def drawn(function, *arguments) -> int:
+    """How many arrays of random bits a function draws."""
+    return str(jax.make_jaxpr(function)(*arguments)).count("random_bits[")
+
+
+def test_without_dropout_training_draws_what_it_drew_before_there_was_any(params):
+    """Nothing but the modalities that are left out: so older trainings are repeated to the bit."""
+    batch, key = batch_of(), jax.random.key(0)
+    alone = drawn(modality_dropout, key, batch["present"])
+    assert drawn(functools.partial(unet.loss, NETWORK, dice=0.0), params, batch, key) == alone > 0
+    noisy = dataclasses.replace(NETWORK, dropout=0.2)
+    assert drawn(functools.partial(unet.loss, noisy, dice=0.0), params, batch, key) > alone
+
+
+def test_training_drops_channels(params):
+    """Of the same parameters, and where there is one modality so that nothing else is left to chance."""
+    batch = batch_of() | {"present": np.array([[True, False, False]] * B)}
+    keys = [jax.random.key(seed) for seed in range(3)]
+    assert len({float(loss(params, batch, key)[0]) for key in keys}) == 1
+    noisy = functools.partial(unet.loss, dataclasses.replace(NETWORK, dropout=0.3), dice=0.0)
+    step = jax.jit(jax.value_and_grad(lambda p, b, k: noisy(p, b, k)[0]))
+    found = [step(params, batch, key) for key in keys]
+    assert len({float(value) for value, _ in found}) == 3
+    assert all(np.all(np.isfinite(leaf)) for _, gradient in found for leaf in jax.tree.leaves(gradient))
+    np.testing.assert_array_equal(found[0][0], step(params, batch, keys[0])[0])
+
+
+def test_whole_channels_of_a_case_are_left_out():
+    keys = jax.random.split(jax.random.key(0), 64)
+    h = jnp.ones((64, 3, 4, 50))
+    found = np.asarray(unet.dropped(h, keys, 0, 0.2))
+    assert set(np.unique(found)) == {0.0, np.float32(1 / 0.8)}
+    assert np.all(found == found[:, :1, :1]) and len(np.unique(found[:, 0, 0], axis=0)) == 64
+    assert found.mean() == pytest.approx(1, abs=0.02)
+    assert np.any(found != unet.dropped(h, keys, 1, 0.2))  # another place in the network
+    np.testing.assert_array_equal(unet.dropped(h[3:5], keys[3:5], 0, 0.2), found[3:5])
+    np.testing.assert_array_equal(unet.dropped(h, None, 0, 0.2), h)
 
 
 def test_padding_and_unlabelled_slots_do_not_count(params):

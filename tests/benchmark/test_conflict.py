@@ -139,8 +139,10 @@ def test_noise_and_a_constant_score_chance_and_miss_the_aims(results, summary):
 
 def test_another_patients_map_says_nothing(summary):
     """The null: the region of one patient read from the maps of another scores chance, however good they are."""
-    null = summary["measures"]["right: disagreement"]["auroc_foreign_map"]
-    assert null["n"] == 12 and null["value"] == pytest.approx(0.5, abs=0.06)
+    null = summary["measures"]["right: disagreement"]["null"]
+    assert null["value"] == pytest.approx(0.5, abs=0.06)
+    assert null["shifts"] == 11 and null["p"] == pytest.approx(1 / 12) and null["quantile"] == 1
+    assert summary["measures"]["noise: disagreement"]["null"]["p"] > 0.1
 
 
 def test_blame_falls_on_the_altered_modality_where_the_label_stands(results, summary):
@@ -184,8 +186,11 @@ def test_the_best_auroc_of_some_draws_is_what_drawing_them_gives(draws):
     shares = [rng.binomial(draws, p, 20_000) / draws for p in (0.89, 0.98)]
     score = np.concatenate([s * (1 - s) for s in shares])
     drawn = usefulness.auroc(score, np.arange(len(score)) < 20_000)
-    assert suite.best_auroc(0.89, 0.98, draws) == pytest.approx(drawn, abs=0.01)
-    assert suite.best_auroc(0.9, 0.9, draws) == pytest.approx(0.5)
+    likely, sure = np.array([0.89]), np.array([0.98])
+    assert suite.best_auroc(likely, sure, draws) == pytest.approx(drawn, abs=0.01)
+    assert suite.best_auroc(likely, likely, draws) == pytest.approx(0.5)
+    both = suite.best_auroc(np.array([0.89, 0.98]), sure, draws)
+    assert both == pytest.approx((suite.best_auroc(likely, sure, draws) + 0.5) / 2)
 
 
 def test_a_phantom_with_one_reader_turned_round_is_the_phantom_drawn_so(config):
@@ -218,10 +223,10 @@ def test_mirroring_twice_is_nothing_and_a_contrast_keeps_the_moments():
     assert not changed.image[:, ~volume.body].any()
 
 
-def untrained(config, method):
+def untrained(config, method, dropout=0.0):
     """A working folder's contents without the training."""
     own = config.copy_and_resolve_references()
-    own.method = method
+    own.method, own.unet.dropout, own.unet.passes = method, dropout, 3
     params = jax.jit(lambda: api.init_params(own, jax.random.key(0)))()
     # A last layer of zeros says the same of every scan.
     params = jax.tree.map(lambda x: x + 0.1 * np.random.default_rng(0).normal(size=x.shape).astype(np.float32), params)
@@ -233,7 +238,7 @@ def untrained(config, method):
 
 @pytest.fixture(scope="module")
 def methods(config):
-    return {name: untrained(config, name) for name in ("entrust", "unet")}
+    return {name: untrained(config, name) for name in ("entrust", "unet")} | {"MC": untrained(config, "unet", 0.2)}
 
 
 def test_a_run_writes_its_figures_for_networks_too(methods, config, tmp_path):
@@ -246,12 +251,20 @@ def test_a_run_writes_its_figures_for_networks_too(methods, config, tmp_path):
     assert set(written["measures"]) == {
         "entrust: disagreement", "entrust: divergence", "entrust: entropy", "entrust: conflict", "unet: entropy",
         "unet, augmented at test time: disagreement", "unet, augmented at test time: divergence",
-        "unet, augmented at test time: entropy",
+        "unet, augmented at test time: entropy", "MC: disagreement", "MC: divergence", "MC: entropy",
     }  # fmt: skip
-    assert written["mc_dropout"] == {"value": None, "reason": figures.NO_DROPOUT}
+    assert written["measures"]["MC: divergence"]["line"][0] > 0
     assert len(written["rows"]) == written["injections"] == found["injections"]
     assert "| aim | value | met |" in (tmp_path / "conflict.md").read_text()
     assert (tmp_path / "conflict.png").stat().st_size > 10_000
+
+
+def test_as_many_hypotheses_and_passes_as_asked_for(methods):
+    assert len(suite.ask(methods["MC"], scan(0), False).hypotheses) == 3
+    assert len(suite.ask(api.with_hypotheses(methods["MC"], 5), scan(0), False).hypotheses) == 5
+    more = api.with_hypotheses(methods["entrust"], 5)
+    assert (more.config.diffusion.hypotheses, methods["entrust"].config.diffusion.hypotheses) == (5, 2)
+    assert more.network == methods["entrust"].network
 
 
 def test_mistakes_of_a_person(methods, config, tmp_path):

@@ -9,11 +9,19 @@ import pytest
 
 from entrust_jax import api
 from entrust_jax.baselines.unet import UNet
+from entrust_jax.benchmark import conflict_figures
 from entrust_jax.benchmark import semisynthetic as suite
-from entrust_jax.data import dataset
+from entrust_jax.data import dataset, phantom, phantom_law
 from entrust_jax.data import semisynthetic as law_of
 from entrust_jax.errors import UserError
+from entrust_jax.metrics import usefulness
 from entrust_jax.runtime import mesh
+
+
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch):
+    for module in (suite, conflict_figures):
+        monkeypatch.setattr(module, "RESAMPLES", 200)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +50,8 @@ def made(glioma, tmp_path_factory):
 
 def test_a_set_can_be_read_as_a_manifest(made, glioma):
     folder, law = made
-    assert law["cases"] and json.loads((folder / suite.LAW).read_text()) == law
+    assert law["cases"] and law["exact"] == suite.exact_law((0.95, 0.8, 0.7), glioma.diffusion.hypotheses)
+    assert json.loads((folder / suite.LAW).read_text()) == law
     data = glioma.data.copy_and_resolve_references()
     data.layout, data.dir = "manifest", str(folder)
     found = dataset.find(data)
@@ -66,33 +75,64 @@ def test_a_folder_with_other_files_is_left_alone(glioma, tmp_path):
 @pytest.mark.parametrize(("asked", "said"), [(["a"], "a"), ([".9"], "values"), ([".9", "1"], "below 1")])
 def test_reliabilities_of_a_person(asked, said):
     with pytest.raises(UserError, match=said):
-        suite.reliabilities(asked, ("A", "B"))
-    assert suite.reliabilities([".9", ".6"], ("A", "B")) == (0.9, 0.6)
-    assert suite.reliabilities([], ("A", "B", "C")) == (0.95, 0.825, 0.7)
+        suite.reliabilities(asked, ("A", "B"), 16)
+    assert suite.reliabilities([".9", ".6"], ("A", "B"), 16) == (0.9, 0.6)
+    with pytest.raises(UserError, match="contradicts nothing"):
+        suite.reliabilities([], ("A",), 16)
 
 
-def rows(belief, seed=0, count=240):
-    """Sites drawn from the law of readers .95 and .7, and what a model believes of them."""
+@pytest.mark.parametrize(("count", "ends"), [(2, (0.9, 0.8)), (3, (0.9, 0.8)), (4, (0.8, 0.7))])
+def test_the_exact_law_reaches_the_aim_with_default_reliabilities(count, ends):
+    chosen = suite.reliabilities([], tuple("ABCD"[:count]), 16)
+    assert (chosen[0], chosen[-1]) == pytest.approx(ends)
+    assert suite.exact_law(chosen, 16)["auroc"] >= suite.AIMS["auroc"]
+    assert suite.exact_law(tuple(np.linspace(0.95, 0.7, count)), 16)["auroc"] < suite.AIMS["auroc"]
+
+
+def test_the_exact_law_is_what_drawing_from_it_gives():
+    """Sites and hypotheses drawn from the law, nothing enumerated."""
+    rho, rng = (0.9, 0.85, 0.8), np.random.default_rng(0)
+    truth = np.where(rng.random(20_000) < 0.5, 1, -1)
+    said = np.where(rng.random((len(truth), 3)) < rho, 1, -1) * truth[:, None]
+    votes = rng.binomial(16, law_of.posterior(said, rho))
+    unlike = votes * (16 - votes) / (16 * 15 / 2)
+    kinds = np.array([law_of.kind(one) for one in said])
+    one, all_ = unlike[kinds == "conflict"], unlike[kinds == "agree"]
+    found = suite.exact_law(rho, 16)
+    both = np.concatenate([one, all_])
+    assert usefulness.auroc(both, np.arange(len(both)) < len(one)) == pytest.approx(found["auroc"], abs=0.01)
+    assert one.mean() / all_.mean() == pytest.approx(found["ratio"], rel=0.1)
+
+
+RHO = (0.95, 0.7)
+
+
+def rows(belief, seed=0, count=240, draws=16):
+    """Sites drawn from the law of readers .95 and .7, and what a model believes and draws of them."""
     rng = np.random.default_rng(seed)
     found = []
     for i in range(count):
-        said = np.where(rng.random(2) < np.array([0.95, 0.7]), 1, -1) * (1 if rng.random() < 0.5 else -1)
+        truth = bool(rng.random() < 0.5)
+        said = np.where(rng.random(2) < np.array(RHO), 1, -1) * (1 if truth else -1)
         kind = law_of.kind(said)
         if kind == "unseen":
             continue
-        exact = float(law_of.posterior(said, (0.95, 0.7)))
+        exact = float(law_of.posterior(said, RHO))
+        votes = rng.binomial(draws, belief(said, exact))
+        phi = said * (exact - 0.5) * np.array([2.9, 0.8])  # the sign of Bayes' for or against the answer, and his order
         found.append(
-            {"patient": f"P{i % 12}", "kind": kind, "evidence": said.tolist(), "posterior": exact,
-             "belief": belief(said, exact), "disagreement": 2 * exact * (1 - exact)}
+            {"patient": f"P{i % 12}", "kind": kind, "evidence": said.tolist(), "truth": truth, "posterior": exact,
+             "belief": belief(said, exact), "disagreement": 2 * votes * (draws - votes) / (draws * (draws - 1)),
+             "divergence": np.nan, "entropy": np.nan, "conflict": float(kind == "conflict"), "phi": phi.tolist(),
+             "hypotheses": draws}
         )  # fmt: skip
     return found
 
 
-LAW = {"reliability": {"A": 0.95, "B": 0.7}}
+LAW = {"reliability": dict(zip("AB", RHO, strict=True))}
 
 
-def test_bayes_is_without_error_and_short_cuts_are_not(monkeypatch):
-    monkeypatch.setattr(suite, "RESAMPLES", 100)
+def test_bayes_is_without_error_and_short_cuts_are_not():
     right = suite.judged(rows(lambda said, exact: exact), LAW)
     assert right["error where they agree"]["value"] == right["error where they conflict"]["value"] == 0
     assert right["belief on Bayes' side in conflict"]["value"] == pytest.approx(0.891, abs=1e-3)
@@ -105,6 +145,47 @@ def test_bayes_is_without_error_and_short_cuts_are_not(monkeypatch):
     assert "| error where they conflict | 0.391" in suite.table(doubtful)
 
 
+def test_draws_from_the_exact_law_follow_conflict_as_well_as_the_exact_law():
+    found = suite.judged(rows(lambda said, exact: exact, count=1200), LAW)
+    law = suite.exact_law(RHO, 16)
+    for name, key, slack in (("AUROC", "auroc", 0.03), ("ratio", "ratio", 0.4)):
+        exact = found["exact AUROC of disagreement" if key == "auroc" else "its exact ratio"]["value"]
+        low, high = found[f"{name} of disagreement"]["ci95"]
+        assert low < exact < high
+        assert exact == pytest.approx(law[key], abs=slack)
+    assert found["AUROC of conflict"]["value"] == found["kappa where they conflict"]["value"] == 1
+    assert found["AUROC of entropy"]["value"] is None
+
+
+def test_draws_that_do_not_heed_conflict_do_not_follow_it():
+    found = suite.judged(rows(lambda said, exact: 0.9, count=600), LAW)
+    assert found["AUROC of disagreement"]["value"] == pytest.approx(0.5, abs=0.05)
+    assert found["ratio of disagreement"]["value"] == pytest.approx(1, abs=0.1)
+
+
+def test_blame_is_held_against_that_of_bayes():
+    """Of readers .95 and .7 Bayes blames the weak one: wrong, given that they differ, in .891 of the cases."""
+    drawn = rows(lambda said, exact: exact, count=1200)
+    found = suite.judged(drawn, LAW)
+    rate = found["blame is right in conflict"]
+    assert rate == found["its exact rate"] and rate["value"] == pytest.approx(0.891, abs=0.03)
+    assert found["its rate by chance"]["value"] == pytest.approx(0.5)
+    turned = suite.judged([row | {"phi": row["phi"][::-1]} for row in drawn], LAW)
+    assert turned["blame is right in conflict"]["value"] == pytest.approx(1 - rate["value"])
+    silent = suite.judged([row | {"phi": None} for row in drawn], LAW)
+    assert silent["blame is right in conflict"]["value"] is None
+
+
+def test_what_each_modality_contributes_is_what_the_phantom_says():
+    spec = phantom.Spec(
+        size=(48, 48), depth=1, modalities=("A", "B", "C"), sites=2, prior=0.5, reliability=(0.9, 0.8, 0.7),
+        ignorance=(0.1, 0.1, 0.1), radius=4.0, jitter=0.5, variant="binary",
+    )  # fmt: skip
+    for said in ((1, 1, -1), (-1, 1, 1), (-1, -1, 1), (1, 0, -1)):
+        expected = phantom_law.contributions(np.array(said)[:, None], np.array(said) != 0, spec)[:, 0]
+        np.testing.assert_allclose(suite.contributions(np.array(said), spec.reliability), expected, atol=1e-4)
+
+
 def test_a_model_that_knows_the_posterior_is_judged_without_error(made, glioma, monkeypatch):
     """Sites are found where they are: a model that believes the exact value there, and nothing elsewhere, is right."""
     folder, law = made
@@ -112,15 +193,16 @@ def test_a_model_that_knows_the_posterior_is_judged_without_error(made, glioma, 
     data.layout, data.dir = "manifest", str(folder)
     volumes, _ = dataset.read(data, list(law["cases"]), 0)
 
-    def examine(trained, volume, probed):
+    def examine(trained, volume):
         marks = np.load(folder / volume.name / suite.SITES)["sites"]
         p = np.zeros(marks.shape, np.float32)
         for number, site in enumerate(law["cases"][volume.name], 1):
             p[marks == number] = site["posterior"]
-        return {"one_step": np.stack([1 - p, p], axis=-1)}
+        phi = np.stack([p * (m == 1) for m in range(3)])
+        said = {"one_step": np.stack([1 - p, p], axis=-1), "label": (p > 0.5).astype(np.uint8), "attribution": phi}
+        return said | {"conflict": p / 2}
 
     monkeypatch.setattr(suite.api, "examine", examine)
-    monkeypatch.setattr(suite, "RESAMPLES", 100)
     model = api.Trained(
         workdir=folder, name="exact", config=glioma, splits={}, spacing=(), network=UNet(2, (4,), ((1, 1),)), params={},
         mesh=mesh.data_mesh(jax.devices()[:1]), tau=0.5, rung="identity", calibration={}, meta={},
@@ -128,7 +210,10 @@ def test_a_model_that_knows_the_posterior_is_judged_without_error(made, glioma, 
     found, rows = suite.evaluate(model, volumes, law, folder)
     seen = [site for sites in law["cases"].values() for site in sites if site["kind"] != "unseen"]
     assert len(rows) == len(seen) == sum(found["sites"].values())
-    assert all(row["belief"] == pytest.approx(row["posterior"], abs=1e-5) for row in rows)
+    for row in rows:
+        p = row["posterior"]
+        assert (row["belief"], row["conflict"]) == pytest.approx((p, p / 2), abs=1e-5)
+        assert row["phi"] == pytest.approx([0, p, 0], abs=1e-5) and np.isnan(row["disagreement"])
     with pytest.raises(UserError, match="does not know case"):
         suite.evaluate(model, volumes[:1], law | {"cases": {}}, folder)
 

@@ -1,8 +1,7 @@
-"""From files to arrays and back: geometry, body, normalisation, and the errors that damaged files cause."""
+"""From the files of a case to arrays: body, normalisation, label, and the errors that damaged files cause."""
 
 import dataclasses
 import gzip
-import tracemalloc
 from pathlib import Path
 
 import nibabel
@@ -13,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from entrust_jax.data import layouts, preprocess
+from entrust_jax.data import layouts, preprocess, scans
 from entrust_jax.errors import UserError
+from made_up import AFFINE, head, picture, save
 
 OPTIONS = {
     "modalities": ("T1", "FLAIR"),
@@ -22,20 +22,6 @@ OPTIONS = {
     "label_map": ((0, 0), (1, 1), (4, 2)),
     "classes": ("background", "core", "ring"),
 }
-AFFINE = np.diag([2.0, 3.0, 4.0, 1.0])
-
-
-def head(shape=(16, 14, 6), seed=0):
-    """A bright ellipse on a noisy background."""
-    rng = np.random.default_rng(seed)
-    x, y, _ = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
-    return (rng.uniform(0, 3, shape) + (x**2 + y**2 < 0.6) * rng.uniform(80, 120, shape)).astype(np.float32)
-
-
-def save(path: Path, values, affine=AFFINE, dtype=None) -> Path:
-    values = np.asarray(values)
-    nibabel.Nifti1Image(values.astype(dtype or values.dtype), affine).to_filename(path)
-    return path
 
 
 def make_case(folder: Path, t1=None, flair=None, label=None, **affines) -> layouts.Case:
@@ -82,108 +68,6 @@ def test_missing_modality_and_missing_reference(tmp_path):
         read(layouts.Case("c", "c", 1, {}, None))
 
 
-def orientations():
-    """A permutation of the axes with signs, as an affine's linear part."""
-    return st.tuples(st.permutations(range(3)), st.tuples(*[st.sampled_from([-1.0, 1.0])] * 3))
-
-
-@settings(max_examples=40, deadline=None)
-@given(orientations(), arrays(np.int16, (4, 5, 6), elements=st.integers(-50, 50)), st.integers(0, 3))
-def test_round_trip_over_orientations(tmp_path_factory, orientation, values, seed):
-    folder = tmp_path_factory.mktemp("trip")
-    permutation, signs = orientation
-    rng = np.random.default_rng(seed)
-    affine = np.eye(4)
-    affine[:3, :3] = np.eye(3)[:, permutation] * signs * rng.uniform(0.5, 4, 3)
-    # A few degrees of obliqueness and an origin, as scanners have.
-    angle = rng.uniform(-0.3, 0.3)
-    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
-    affine[:3, :3] = turn @ affine[:3, :3]
-    affine[:3, 3] = rng.uniform(-90, 90, 3)
-    scan = nibabel.Nifti1Image(values, affine)
-    scan.header.set_sform(affine, code=[1, 2, 3, 4][seed])
-    scan.header.set_qform(affine, code=seed)
-    scan.header.set_xyzt_units("mm", "sec")
-    scan.header["scl_slope"], scan.header["scl_inter"] = 2, 1
-    scan.to_filename(folder / "scan.nii.gz")
-    grid, canonical = preprocess.load_scan(folder / "scan.nii.gz")
-    reference = nibabel.load(folder / "scan.nii.gz")
-    expected = nibabel.as_closest_canonical(reference)
-    np.testing.assert_array_equal(canonical, np.asanyarray(expected.dataobj))
-    np.testing.assert_array_equal(grid.affine, expected.affine)
-    internal = np.moveaxis(canonical, 2, 0)
-    preprocess.write_map(folder / "map.nii.gz", internal, folder / "scan.nii.gz", np.float32)
-    written = nibabel.load(folder / "map.nii.gz")
-    np.testing.assert_array_equal(np.asanyarray(written.dataobj), np.asanyarray(reference.dataobj))
-    for name in (
-        "srow_x",
-        "srow_y",
-        "srow_z",
-        "sform_code",
-        "qform_code",
-        "quatern_b",
-        "quatern_c",
-        "quatern_d",
-    ):
-        np.testing.assert_array_equal(written.header[name], reference.header[name])
-    np.testing.assert_array_equal(written.affine, reference.affine)
-    assert written.header.get_xyzt_units() == reference.header.get_xyzt_units()
-    assert sorted(p.name for p in folder.iterdir()) == ["map.nii.gz", "scan.nii.gz"]
-
-
-def test_channel_axes_and_stored_type(tmp_path):
-    reference = save(tmp_path / "r.nii.gz", np.ones((4, 5, 6), np.int16), np.diag([-1.0, -1, 2, 1]))
-    array = np.random.default_rng(0).integers(0, 255, (3, 6, 4, 5)).astype(np.uint8)
-    for axis, given_array in ((0, array), (-1, np.moveaxis(array, 0, -1))):
-        preprocess.write_map(tmp_path / "m.nii.gz", given_array, reference, np.uint8, channel_axis=axis)
-        written = nibabel.load(tmp_path / "m.nii.gz")
-        assert written.shape == (4, 5, 6, 3) and written.get_data_dtype() == np.uint8
-        stored = np.asanyarray(written.dataobj)
-        # Canonical x and y run against this scan's.
-        np.testing.assert_array_equal(stored[0, 1, 2, 1], array[1, 2, 3, 3])
-    for wrong, axis in ((array, None), (array[0], 0), (array[0], 1), (array[0, :5], None)):
-        with pytest.raises(ValueError):
-            preprocess.write_map(tmp_path / "n.nii.gz", wrong, reference, np.uint8, channel_axis=axis)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.nii.gz", "r.nii.gz"]
-
-
-def test_a_map_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
-    reference = save(tmp_path / "r.nii.gz", np.ones((2, 3, 4), np.int16))
-
-    def fail(image, path):
-        Path(path).write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(nibabel, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        preprocess.write_map(tmp_path / "m.nii.gz", np.zeros((4, 2, 3)), reference, np.float32)
-    assert [p.name for p in tmp_path.iterdir()] == ["r.nii.gz"]
-
-
-def test_other_grid_is_resampled_in_world_space(tmp_path):
-    """A linear ramp in world space survives any linear resampling exactly, whatever the two grids."""
-
-    def ramp(shape, affine):
-        index = np.concatenate([np.indices(shape), np.ones((1, *shape))])
-        x, y, z, _ = np.einsum("ij,jxyz->ixyz", affine, index)
-        return (x + 2 * y - 3 * z).astype(np.float32)
-
-    fine = np.diag([-1.0, 1.0, 2.0, 1.0])
-    fine[:3, 3] = (15, -5, -2)
-    coarse = np.diag([2.0, -3.0, 4.0, 1.0])
-    coarse[:3, 3] = (-4, 20, 0)
-    save(tmp_path / "a.nii.gz", ramp((40, 40, 20), fine), fine)
-    save(tmp_path / "b.nii.gz", ramp((8, 7, 5), coarse), coarse)
-    target, expected = preprocess.load_scan(tmp_path / "b.nii.gz")
-    source, values = preprocess.load_scan(tmp_path / "a.nii.gz")
-    result, covered = preprocess.resample(values, source, target, order=1)
-    world = np.einsum("ij,jxyz->ixyz", target.affine, np.concatenate([np.indices((8, 7, 5)), np.ones((1, 8, 7, 5))]))
-    within = (world[0] >= -24) & (world[0] <= 15) & (world[1] >= -5) & (world[1] <= 34) & (world[2] <= 36)
-    assert within.mean() > 0.3
-    assert covered[within].all()
-    np.testing.assert_allclose(result[within], expected[within], atol=1e-3)
-
-
 def test_smaller_field_of_view_is_neither_body_nor_measured(tmp_path):
     """T1 covers the lower half in x only: beyond it T1 is 0 and does not extend the body."""
     case = make_case(tmp_path, t1=head()[:8])
@@ -194,7 +78,11 @@ def test_smaller_field_of_view_is_neither_body_nor_measured(tmp_path):
     # The label's own grid is smaller: what it does not reach is unlabelled, and that is said.
     part = read(make_case(tmp_path, label=np.ones((8, 14, 6), np.uint8)))
     assert part.label is not None and (part.label[:, :8] == 1).all() and (part.label[:, 8:] == -1).all()
-    assert "label.nii.gz: covers only 50% of" in part.warnings[0]
+    assert "label.nii.gz: lies on another grid than" in part.warnings[0]
+    assert (
+        "(shape 8 x 14 x 6, not 16 x 14 x 6; 50% of it covered); resampled by nearest voxel, the rest"
+        in part.warnings[0]
+    )
 
 
 def test_float_label_and_label_map(tmp_path):
@@ -204,6 +92,76 @@ def test_float_label_and_label_map(tmp_path):
     assert volume.label is not None and volume.label[3, 8, 8] == 2
     with pytest.raises(UserError, match=r"config\.data\.label_map has classes 0 to 5"):
         read(make_case(tmp_path), label_map=((0, 0), (1, 1), (4, 5)))
+
+
+def test_a_value_of_the_map_that_no_class_can_have_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"config\.data\.label_map has the value 0\.6; masks hold whole numbers"):
+        read(make_case(tmp_path), label_map=((0, 0), (0.6, 1)))
+
+
+def shifted(*mm: float) -> np.ndarray:
+    affine = AFFINE.copy()
+    affine[:3, 3] += mm
+    return affine
+
+
+MIRRORED = np.array([[-2.0, 0, 0, 32], [0, 3, 0, 0], [0, 0, 4, 0], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("affine", "said"),
+    [
+        (np.eye(4), r"up to 33\.6 mm apart by the affines; 6% of it covered\)"),
+        (MIRRORED, r"up to 2 mm apart by the affines; 94% of it covered\)"),
+        (shifted(0.0, 0.0, 2.0), r"up to 2 mm apart by the affines\)"),
+        (shifted(0.25, 0.0, 0.0), r"up to 0\.25 mm apart by the affines\)"),
+    ],
+)
+def test_a_label_that_lost_its_affine_is_an_error_that_names_both_files(tmp_path, affine, said):
+    case = make_case(tmp_path)
+    save(case.label, np.asanyarray(nibabel.load(case.label).dataobj), affine)
+    with pytest.raises(UserError, match=said) as error:
+        read(case)
+    assert f"{tmp_path}/label.nii.gz: lies on another grid than {tmp_path}/FLAIR.nii.gz (the same" in str(error.value)
+    assert "save the label with the affine of that scan" in str(error.value) and "\n" not in str(error.value)
+    good = tmp_path / "good"
+    good.mkdir()
+    volumes, problems = preprocess.read_volumes([case, make_case(good)], **OPTIONS)
+    assert len(volumes) == 1 and "label.nii.gz: lies on another grid" in problems[0] and "is left out" in problems[0]
+
+
+def test_a_label_that_covers_little_is_an_error_that_names_both_files(tmp_path):
+    with pytest.raises(
+        UserError, match=r"label\.nii\.gz: lies on another grid than .*FLAIR\.nii\.gz \(shape 5 x 14 x 6"
+    ):
+        read(make_case(tmp_path, label=np.ones((5, 14, 6), np.uint8)))
+
+
+def test_a_label_on_another_grid_is_told_and_one_that_was_drawn_on_a_scan_stays(tmp_path):
+    label = np.zeros((8, 7, 6), np.uint8)
+    label[3:5, 3:5, 2:4] = 1
+    case = make_case(tmp_path, label=label)
+    coarse = np.diag([4.0, 6.0, 4.0, 1.0])
+    coarse[:3, 3] = (1.0, 1.5, 0.0)
+    save(case.label, label, coarse)
+    volume = read(case)
+    (line,) = volume.warnings
+    assert line == (
+        f"{case.label}: lies on another grid than {case.images['FLAIR']} (shape 8 x 7 x 6, not 16 x 14 x 6); resampled"
+        " by nearest voxel"
+    )
+    assert (volume.label == 1).sum() == 32
+    rounded = make_case(tmp_path)
+    save(rounded.label, np.asanyarray(nibabel.load(rounded.label).dataobj), shifted(0.01, 0.0, 0.0))
+    (line,) = read(rounded).warnings
+    assert "up to 0.01 mm apart by the affines); resampled by nearest voxel" in line
+    # Of another scan's grid, whatever its place: it was drawn there.
+    moved = shifted(0.0, 9.0, 0.0)
+    on_t1 = make_case(tmp_path)
+    for path in (on_t1.images["T1"], on_t1.label):
+        save(path, np.asanyarray(nibabel.load(path).dataobj), moved)
+    lines = read(on_t1).warnings
+    assert any("label.nii.gz: lies on another grid than" in line and "up to 9 mm" in line for line in lines)
 
 
 def test_voxels_of_an_ignored_value_count_as_unlabelled(tmp_path):
@@ -246,7 +204,21 @@ FAR = np.array([[2.0, 0, 0, 5000], [0, 3, 0, 0], [0, 0, 4, 0], [0, 0, 0, 1]])
             "label.nii.gz",
             r"label value 3 .*config\.data\.label_map.*add \(3",
         ),
-        ({"label": np.full((16, 14, 6), 0.5)}, "label.nii.gz", r"label value 0\.5"),
+        (
+            {"label": np.where(np.arange(6) < 3, 0.6, 0.25) * np.ones((16, 14, 6))},
+            "label.nii.gz",
+            r"values between whole numbers \(0\.25, 0\.6\), so it is no mask of classes; give the mask",
+        ),
+        (
+            {"label": np.arange(16)[:, None, None] // 3 * np.ones((16, 14, 6))},
+            "label.nii.gz",
+            r"label values 2, 3, 5 are not in config\.data\.label_map \(it knows \[0, 1, 4\]\); add",
+        ),
+        (
+            {"label": np.arange(16 * 14 * 6).reshape(16, 14, 6)},
+            "label.nii.gz",
+            "values 2, 3, 5, 6, .*, 10 and 1333 more are",
+        ),
     ],
 )
 def test_bad_content_names_the_file(tmp_path, what, file, message):
@@ -254,6 +226,35 @@ def test_bad_content_names_the_file(tmp_path, what, file, message):
     with pytest.raises(UserError, match=message) as error:
         read(make_case(tmp_path, **what))
     assert str(tmp_path / file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_a_header_leaves_open_is_told_of_scans_and_labels(tmp_path):
+    case = make_case(tmp_path)
+    for path in (*case.images.values(), case.label):
+        scan = nibabel.load(path)
+        scan.set_sform(None, code=0)
+        scan.set_qform(None, code=0)
+        scan.to_filename(path)
+    lines = read(case).warnings
+    assert len(lines) == 3
+    for path, line in zip((case.images["FLAIR"], case.images["T1"], case.label), lines, strict=True):
+        assert line.startswith(f"{path}: does not say how it is oriented (sform_code and qform_code are 0)")
+
+
+def test_a_header_in_metres_gives_the_case_that_millimetres_give(tmp_path):
+    plain, metres = tmp_path / "plain", tmp_path / "metres"
+    plain.mkdir()
+    metres.mkdir()
+    expected, case = read(make_case(plain)), make_case(metres)
+    for path in (case.images["T1"], case.label):
+        scan = nibabel.load(path)
+        scan = nibabel.Nifti1Image(np.asanyarray(scan.dataobj), np.diag([1e-3, 1e-3, 1e-3, 1.0]) @ scan.affine)
+        scan.header.set_xyzt_units("meter")
+        scan.to_filename(path)
+    volume = read(case)
+    np.testing.assert_allclose(volume.image, expected.image, atol=1e-4)
+    np.testing.assert_array_equal(volume.label, expected.label)
+    assert [line for line in volume.warnings if "T1.nii.gz: its header is in metres: voxels of 2 x 3 x 4 mm" in line]
 
 
 @pytest.mark.parametrize(("name", "other"), [("t1", "FLAIR"), ("flair", "T1")])
@@ -395,55 +396,6 @@ def test_damaged_file_stops_that_case_and_training_goes_on(tmp_path, damage, mes
     assert len(problems) == 1 and str(bad / "T1.nii.gz") in problems[0] and "left out" in problems[0]
 
 
-FIELDS = st.tuples(st.integers(0, 359), st.sampled_from([0, 1, 127, 128, 255]) | st.integers(0, 255))
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> bytes:
-    return save(tmp_path_factory.mktemp("sound") / "sound.nii", head((8, 7, 6))).read_bytes()
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of nibabel, where a quaternion or a slope is absurd
-@settings(max_examples=2000, deadline=None)
-@given(changes=st.lists(FIELDS, min_size=1, max_size=8), packed=st.booleans(), kept=st.integers(0, 2000) | st.none())
-def test_a_header_of_any_bytes_is_read_or_refused_in_one_line(tmp_path_factory, sound, changes, packed, kept):
-    """And never costs more memory than the file could fill: sizes are checked before anything is allocated."""
-    data = bytearray(sound)
-    for place, value in changes:
-        data[place] = value
-    path = tmp_path_factory.getbasetemp() / f"fuzzed.nii{'.gz' * packed}"
-    path.write_bytes(gzip.compress(bytes(data[:kept]), 1) if packed else bytes(data[:kept]))
-    tracemalloc.start()
-    try:
-        grid, values = preprocess.load_scan(path)
-    except UserError as error:
-        assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
-    else:
-        assert values.shape == grid.shape and len(grid.shape) == 3 and np.isfinite(values).all()
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert peak < 10e6
-
-
-def test_values_that_float32_cannot_hold_are_infinite_and_said(tmp_path, recwarn):
-    path = save(tmp_path / "large.nii", head().astype(np.float64) * 1e300)
-    with pytest.raises(UserError, match=r"large\.nii: contains NaN or infinite values"):
-        preprocess.load_scan(path)
-    assert not [one for one in recwarn if one.category is RuntimeWarning]
-
-
-def test_a_header_that_promises_gigabytes_is_refused_before_they_are_allocated(tmp_path):
-    path = save(tmp_path / "absurd.nii.gz", head((8, 7, 6)))
-    damage_shape(path)
-    tracemalloc.start()
-    with pytest.raises(UserError, match=r"its header promises 8000000352 bytes, the file holds 1696\)"):
-        preprocess.load_scan(path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 10e6
-
-
 def test_a_label_value_that_the_config_forgot_stops_the_whole_set(tmp_path):
     """Leaving such cases out would leave out just those with that class."""
     cases = []
@@ -472,24 +424,6 @@ def test_a_copy_counts_as_missing_where_the_config_says_so(tmp_path):
     assert not dropped.image[0].any() and dropped.image[1].any() and "T1 counts as missing" in dropped.warnings[0]
 
 
-def test_a_bad_header_is_one_error_without_lines_of_another_library(tmp_path, capfd):
-    path = save(tmp_path / "bad.nii", head())
-    data = bytearray(path.read_bytes())
-    data[70:72] = (999).to_bytes(2, "little")  # datatype
-    path.write_bytes(bytes(data))
-    with pytest.raises(UserError, match=r"bad\.nii"):
-        preprocess.load_scan(path)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_an_upper_case_file_is_checked_like_any_other(tmp_path):
-    path = save(tmp_path / "scan.nii.gz", head()).rename(tmp_path / "SCAN.NII.GZ")
-    assert preprocess.load_scan(path)[1].shape == (16, 14, 6)
-    damage_crc(path)
-    with pytest.raises(UserError, match="unreadable or truncated"):
-        preprocess.load_scan(path)
-
-
 def test_read_volumes_leaves_out_unlabelled_cases_and_passes_warnings_on(tmp_path):
     case = make_case(tmp_path, label=np.zeros((16, 14, 6), np.uint8))
     bare = layouts.Case("bare", "bare", 1, case.images, None)
@@ -513,12 +447,6 @@ def test_a_copy_is_named_also_where_scale_and_type_differ(tmp_path):
     volume = read(make_case(tmp_path, t1=t1, flair=scaled), intensity={"T1": ("scale", 2.0)})
     assert "T1.nii.gz and " in volume.warnings[0] and "are the same scan voxel for voxel" in volume.warnings[0]
     assert read(make_case(tmp_path)).warnings == ()
-
-
-def test_a_dicom_file_is_told_what_to_become(tmp_path):
-    (tmp_path / "IM1.nii").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 500)
-    with pytest.raises(UserError, match=r"IM1\.nii: is a DICOM file; convert"):
-        preprocess.load_scan(tmp_path / "IM1.nii")
 
 
 def test_a_label_beside_the_body_gets_a_word(tmp_path):
@@ -638,15 +566,6 @@ PICTURE = {
 }
 
 
-def picture(path: Path, seed=0, shape=(20, 26)) -> Path:
-    """A bright disc, brighter above (in front) than below, and darker to the left."""
-    rows, columns = np.indices(shape)
-    disc = (rows - 10) ** 2 + (columns - 13) ** 2 < 80
-    values = disc * (120 + 3 * (20 - rows) + columns) + np.random.default_rng(seed).integers(0, 4, shape)
-    Image.fromarray(values.astype(np.uint8)).save(path)
-    return path
-
-
 def mask(path: Path, mode="L", value=255) -> Path:
     values = np.zeros((20, 26), np.uint8)
     values[4:8, 15:19] = value
@@ -664,8 +583,8 @@ def test_a_picture_is_one_slice_as_radiologists_show_it(tmp_path, ending):
     expected = np.zeros((20, 26), int)
     expected[4:8, 15:19] = 1
     np.testing.assert_array_equal(volume.label[0], expected.T[::-1, ::-1])
-    assert preprocess.is_picture(path) and not preprocess.is_picture(tmp_path / "scan.nii.gz")
-    preprocess.write_map(tmp_path / "map.nii.gz", volume.label, path, np.uint8)
+    assert scans.is_picture(path) and not scans.is_picture(tmp_path / "scan.nii.gz")
+    scans.write_map(tmp_path / "map.nii.gz", volume.label, path, np.uint8)
     written = nibabel.load(tmp_path / "map.nii.gz")
     np.testing.assert_array_equal(np.asanyarray(written.dataobj)[..., 0], expected.T)  # as in the file
     assert nibabel.aff2axcodes(written.affine) == ("L", "P", "S")
@@ -678,18 +597,6 @@ def test_pictures_of_two_sizes_do_not_go_together(tmp_path):
         read(layouts.Case("c", "c", 1, {"CT": scan}, large), **PICTURE)
 
 
-def test_a_picture_is_read_as_it_is_shown(tmp_path):
-    """Turned by what its camera noted, and without its transparency."""
-    scan = Image.open(picture(tmp_path / "image.png"))
-    turned = Image.Exif()
-    turned[0x0112] = 6  # shown turned by a quarter to the right
-    scan.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=turned)
-    scan.convert("LA").save(tmp_path / "clear.png")
-    expected = preprocess.load_scan(tmp_path / "image.png")[1]
-    for name in ("turned.png", "clear.png"):
-        np.testing.assert_array_equal(preprocess.load_scan(tmp_path / name)[1], expected)
-
-
 def test_masks_from_jpeg_are_restored_and_those_in_doubt_refused(tmp_path):
     scan = picture(tmp_path / "image.png")
     case = layouts.Case("c", "c", 1, {"CT": scan}, mask(tmp_path / "label.jpg"))
@@ -697,7 +604,7 @@ def test_masks_from_jpeg_are_restored_and_those_in_doubt_refused(tmp_path):
     assert len(np.unique(stored)) > 2  # the compression did change it
     assert (read(case, **PICTURE).label > 0).sum() == 16
     grey = layouts.Case("c", "c", 1, {"CT": scan}, mask(tmp_path / "grey.jpg", value=128))
-    with pytest.raises(UserError, match=r"grey\.jpg: label value 1\d\d is not in config\.data\.label_map"):
+    with pytest.raises(UserError, match=r"grey\.jpg: label values 1.* are not in config\.data\.label_map"):
         read(grey, **PICTURE)
     with pytest.raises(UserError, match=r"label\.jpg: JPEG changes .* store masks as PNG or NIfTI"):
         read(case, **PICTURE | {"label_map": ((0, 0), (1, 1))})
@@ -722,20 +629,6 @@ def test_restored_values_are_known_or_untouched(values, keys):
     near = np.abs(values[..., None].astype(int) - keys).min(axis=-1) <= preprocess.JPEG_ERROR
     assert np.isin(found[near], keys).all() and np.array_equal(found[~near], values[~near])
     assert np.abs(found.astype(int) - values).max(initial=0) <= preprocess.JPEG_ERROR
-
-
-def test_pictures_that_are_none(tmp_path):
-    colour = tmp_path / "colour.png"
-    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(colour)
-    with pytest.raises(UserError, match=r"colour\.png: is a picture in colour"):
-        preprocess.load_scan(colour)
-    whole = picture(tmp_path / "whole.jpg").read_bytes()
-    for name, content in (("half.jpg", whole[: len(whole) // 2]), ("text.png", b"text"), ("nothing.jpg", b"")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name}: unreadable or truncated"):
-            preprocess.load_scan(tmp_path / name)
-    with pytest.raises(UserError, match=r"gone\.png: no such file"):
-        preprocess.load_scan(tmp_path / "gone.png")
 
 
 def test_nodules_of_four_raters(data_root):

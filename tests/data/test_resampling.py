@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
+from PIL import Image
 
 import configs.phantom
 from entrust_jax import train
-from entrust_jax.data import dataset, preprocess, resampling
+from entrust_jax.data import dataset, resampling, scans
 from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.data.resampling import Lattice
@@ -119,7 +120,7 @@ def lattices():
 @given(lattices(), st.tuples(*[st.sampled_from([0.0, 0.5, 0.9, 1.3, 2.5, 4.0])] * 3))
 def test_a_working_grid_lies_on_the_scan(own, spacing):
     """A map that is linear in the scan's world is the same map on the working grid, at the places of its affine."""
-    target = resampling.working(own, spacing)
+    target = resampling.working(own, spacing, "scan.nii.gz")
     for size, step, new_size, new_step, wanted in zip(*own, *target, spacing, strict=True):
         assert new_step == (wanted or step) or abs(wanted / step - 1) < 1e-3
         assert abs(new_size * new_step - size * step) <= 0.5 * new_step + 1e-9 or new_size == 1
@@ -137,7 +138,9 @@ def test_a_working_grid_lies_on_the_scan(own, spacing):
 @settings(max_examples=60, deadline=None)
 @given(lattices(), st.tuples(*[st.floats(0.3, 0.99)] * 3), st.integers(0, 9))
 def test_classes_come_back_from_any_finer_grid_as_they_were(own, shares, seed):
-    finer = resampling.working(own, [step * share for step, share in zip(own.spacing, shares, strict=True)])
+    finer = resampling.working(
+        own, [step * share for step, share in zip(own.spacing, shares, strict=True)], "scan.nii.gz"
+    )
     label = np.random.default_rng(seed).integers(-1, 4, (2, *own.sizes)).astype(np.int32)
     there = resampling.moved(label, own, finer, first=1)
     assert there.dtype == np.int32 and there.shape == (2, *finer.sizes)
@@ -194,7 +197,7 @@ def test_a_header_alone_tells_the_lattice_that_reading_gives(tmp_path_factory, p
     affine[:3, :3] = turn @ np.eye(3)[:, permutation] * signs * rng.uniform(0.5, 4, 3)
     path = tmp_path_factory.mktemp("header") / "scan.nii.gz"
     nibabel.Nifti1Image(rng.normal(size=(4, 5, 6)).astype(np.float32), affine).to_filename(path)
-    grid, _ = preprocess.load_scan(path)
+    grid, _ = scans.load_scan(path)
     x, y, z = nibabel.affines.voxel_sizes(grid.affine)
     found = resampling.header_lattice(path)
     assert found is not None and found.sizes == (grid.shape[2], *grid.shape[:2])
@@ -207,6 +210,8 @@ def test_a_file_without_a_header_has_no_lattice(tmp_path):
     assert resampling.header_lattice(tmp_path / "b.nii.gz") is None
     nibabel.Nifti1Image(np.ones((4, 5), np.float32), np.eye(4)).to_filename(tmp_path / "c.nii.gz")
     assert resampling.header_lattice(tmp_path / "c.nii.gz") is None
+    Image.new("RGB", (4, 5)).save(tmp_path / "d.png")
+    assert resampling.header_lattice(tmp_path / "d.png") is None
 
 
 def data(folder, spacing) -> ConfigDict:
@@ -231,9 +236,12 @@ def write_case(folder: Path, name: str, zooms: tuple[float, float, float], label
 
 def test_a_spacing_far_finer_than_a_scan_is_a_slip_of_the_pen():
     own = resampling.Lattice((4, 40, 40), (5.0, 1.0, 1.0))
-    assert resampling.working(own, (0.0, 0.5, 0.5)).sizes == (4, 80, 80)
-    with pytest.raises(UserError, match=r"asks for 0\.01 mm where a scan has 1 mm"):
-        resampling.working(own, (0.0, 0.01, 1.0))
+    assert resampling.working(own, (0.0, 0.5, 0.5), "scan.nii.gz").sizes == (4, 80, 80)
+    with pytest.raises(UserError, match=r"^scan\.nii\.gz: has 1 mm where config\.data\.spacing asks for 0\.01 mm"):
+        resampling.working(own, (0.0, 0.01, 1.0), "scan.nii.gz")
+    coarse = dataclasses.replace(volume(spacing=(5.0, 20.0, 20.0)), reference=Path("odd.nii.gz"))
+    with pytest.raises(UserError, match=r"^odd\.nii\.gz: has 20 mm where config\.data\.spacing asks for 1 mm"):
+        resampling.at_spacing(coarse, (0.0, 1.0, 1.0))
 
 
 def test_a_plan_is_made_of_the_training_cases_once_and_kept(tmp_path):

@@ -12,6 +12,7 @@ from entrust_jax import check
 from entrust_jax.data import augment, layouts, pipeline, survey
 from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
+from entrust_jax.errors import UserError
 from entrust_jax.report import contact, curves
 
 MODALITIES = ("T1", "FLAIR", "T1ce")
@@ -67,6 +68,20 @@ def test_a_missing_modality_and_few_cases_say_nothing_of_exchanges():
         "too few cases to notice exchanged files of T1, FLAIR, T1ce: that takes 9"
     ]
     assert survey.exchanged([], MODALITIES) == []
+
+
+def test_a_scan_of_odd_voxels_is_named():
+    findings = [finding(volume(n))._replace(scan=f"{n}.nii.gz") for n in range(4)]
+    assert survey.odd_spacings(findings) == [] and survey.odd_spacings([]) == []
+    findings[2] = findings[2]._replace(spacing=(0.003, 0.001, 0.001))
+    (line,) = survey.odd_spacings(findings)
+    assert line.startswith("2.nii.gz: has voxels of 0.003 x 0.001 x 0.001 mm, the set's median is 3 x 1 x 1 (D H W)")
+    findings[2] = findings[2]._replace(spacing=(3.0, 20.0, 1.0))
+    (line,) = survey.odd_spacings(findings)
+    assert line.startswith("2.nii.gz: has voxels of 3 x 20 x 1 mm")
+    assert survey.odd_spacings([findings[0], findings[2]]) == []
+    with pytest.raises(UserError, match=r"2\.nii\.gz: has 20 mm where config\.data\.spacing asks for 1 mm"):
+        survey.epoch(findings, [one.name for one in findings], (0.0, 1.0, 1.0))
 
 
 def data(folder, **changes):

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from entrust_jax.metrics import conflict
+from entrust_jax.metrics import conflict, usefulness
 
 
 def scene(seed, bonus, n=4000):
@@ -134,3 +134,34 @@ def test_kendall_of_a_response():
     assert conflict.kendall((0, 1, 2), (0.1, 0.2, 0.3)) == pytest.approx(1.0)
     assert conflict.kendall((0, 1, 2), (0.3, 0.2, 0.1)) == pytest.approx(-1.0)
     assert conflict.kendall((0, 1, 2), (0.2, 0.2, 0.2)) == 0.0
+
+
+def test_the_auroc_of_sites_resamples_patients():
+    """Ten patients of whom one is wrong twenty times: pooled over sites, an interval as wide as ten patients'."""
+    score = np.array([1.0, 0.0] * 9 + [0.0, 1.0] * 20 + [np.nan])
+    positive = np.array([True, False] * 29 + [True])
+    patient = np.array([f"P{i}" for i in range(9) for _ in "ab"] + ["P9"] * 40 + ["P10"])
+    found = conflict.site_auroc(score, positive, patient, resamples=500)
+    known = slice(0, -1)
+    assert found["value"] == pytest.approx(usefulness.auroc(score[known], positive[known]))
+    assert found["n"] == 10 and found["ci95"][0] < 0.2 and found["ci95"][1] > 0.95
+    assert conflict.site_auroc(score[-1:], positive[-1:], patient[-1:])["value"] is None
+
+
+def test_the_null_of_shifts_by_hand():
+    read = np.array([[0.0, 0.4, 0.6], [0.5, 0.0, np.nan], [0.2, 0.6, 0.0]])
+    found = conflict.shift_null(np.array([0.5, 0.5, 0.5]), read)  # T_1 = (.4 + .2) / 2, T_2 = (.6 + .5 + .6) / 3
+    assert found["value"] == pytest.approx((0.3 + 1.7 / 3) / 2) and found["shifts"] == 2
+    assert (found["quantile"], found["p"]) == pytest.approx((0.5, 2 / 3))
+    assert conflict.shift_null(np.array([0.9]), np.full((1, 1), np.nan))["p"] is None
+
+
+def test_the_p_of_shifts_is_uniform_where_a_map_knows_nothing_of_its_patient():
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(400):
+        every = rng.random((10, 10))
+        found.append(conflict.shift_null(np.diag(every).copy(), every)["p"])
+    assert set(np.round(found, 6)) <= {round(i / 10, 6) for i in range(1, 11)}
+    assert np.mean(np.array(found) <= 0.1) == pytest.approx(0.1, abs=0.04)
+    assert np.mean(np.array(found) <= 0.5) == pytest.approx(0.5, abs=0.07)

@@ -102,6 +102,14 @@ def test_constant_confidence_has_the_mean_risk_everywhere():
     np.testing.assert_allclose(usefulness.risk_coverage(risk, np.zeros(3))[1], risk.mean())
 
 
+def test_places_go_by_the_score_and_then_by_the_uncertainty():
+    score = np.array([0.8, 0.2, 0.2, 0.2, np.nan, 0.8])
+    uncertainty = np.array([0.9, 0.3, 0.5, 0.3, 0.1, 0.1])
+    found = usefulness.places(score, uncertainty)
+    np.testing.assert_array_equal(found, [2, 1, 0, 1, np.nan, 3])  # the tied share a place
+    assert usefulness.places(score[:0], uncertainty[:0]).shape == (0,)
+
+
 def test_unit_entropy_and_mean_inside():
     np.testing.assert_allclose(usefulness.unit_entropy(np.array([0.0, np.log(4), 9.0]), 4), [0, 1, 1])
     np.testing.assert_allclose(usefulness.entropy(np.array([[0.25] * 4, [1.0, 0, 0, 0]])), [np.log(4), 0], atol=1e-12)

@@ -127,7 +127,7 @@ def test_everything_is_said_and_no_text_is_cut_or_covered(tmp_path, pages, name)
     for modality in options.get("missing", ()):
         assert f"{modality}\nmissing" in inside
         assert f"Does {modality} support" not in words
-    assert ("nothing found" in inside) == bool(options.get("empty"))
+    assert ("nothing found" in inside) == ("nothing was found" in words) == bool(options.get("empty"))
     assert ("Conflict between the scans" in words) == options.get("full", True)
     numbers = {str(n + 1) for n in range(min(len(made["records"]), figures.SHOWN_REGIONS))}
     assert numbers <= set(inside)
@@ -136,12 +136,12 @@ def test_everything_is_said_and_no_text_is_cut_or_covered(tmp_path, pages, name)
 def test_the_slice_with_most_expected_errors_is_shown():
     body = np.ones((5, 8, 8), bool)
     label, error = np.zeros((5, 8, 8), np.uint8), np.full((5, 8, 8), 0.05)
-    assert figures.informative_slice({"label": label, "error_probability": error}, body, 0.2)[0] == 2
+    assert figures.informative_slice({"label": label, "error_probability": error}, body)[0] == 2
     label[1, :6, :6] = 1
-    assert figures.informative_slice({"label": label, "error_probability": error * 0}, body, 0.2)[0] == 1
-    assert figures.informative_slice({"label": label, "error_probability": error}, body, 0.2)[0] == 1
+    assert figures.informative_slice({"label": label, "error_probability": error * 0}, body)[0] == 1
+    assert figures.informative_slice({"label": label, "error_probability": error}, body)[0] == 1
     error[4, :4, :4] = 0.5
-    assert figures.informative_slice({"label": label, "error_probability": error}, body, 0.2)[0] == 4
+    assert figures.informative_slice({"label": label, "error_probability": error}, body)[0] == 4
 
 
 def test_a_review_region_is_marked_where_the_shown_slice_meets_it():
@@ -149,4 +149,4 @@ def test_a_review_region_is_marked_where_the_shown_slice_meets_it():
     error[1:3, 2:5, 2:5] = 0.5
     error[3, 6:8, 6:8] = 0.4
     records = [{"place": {"slice": 1, "row": 3, "column": 3}}, {"place": {"slice": 3, "row": 6, "column": 6}}]
-    assert figures.marks(error, records, 2, 0.2) == [(2, 3, 3), (3, 6, 6)]
+    assert figures.marks(error, records, 2) == [(2, 3, 3), (3, 6, 6)]

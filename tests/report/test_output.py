@@ -93,6 +93,7 @@ def make_prediction(volume: preprocess.Volume, stored: np.ndarray, *, full: bool
             "conflict": conflict,
             "cause": cause,
             "attribution": attribution,
+            "counterfactual": np.stack([np.where(label == 1, 0, label), label]).astype(np.uint8),
             "regions": {"whole": {"volume_ml": 1.0, "interval": [0.5, 1.5]}},
             "predicted_dice": 0.8,
             "records": explanation.records(
@@ -141,6 +142,10 @@ def test_maps_lie_on_the_scan_voxel_for_voxel(tmp_path, stored):
     assert hypotheses.shape == (*SHAPE, 3)
     np.testing.assert_array_equal(hypotheses[..., 0], stored)
     np.testing.assert_array_equal(hypotheses[..., 1], np.where(stored == 4, 0, stored))
+    for name, expected in (("T1", np.where(stored == 4, 0, stored)), ("FLAIR", stored)):
+        alone = np.asarray(nibabel.load(tmp_path / "out" / f"counterfactual_{name}.nii.gz").dataobj)
+        np.testing.assert_array_equal(alone, expected)
+        assert alone.dtype == np.uint8
     error = nibabel.load(tmp_path / "out" / "error_probability.nii.gz")
     assert error.get_data_dtype() == np.float32
     np.testing.assert_allclose(error.get_fdata(), np.where(stored == 4, 0.4, 0.02), atol=1e-6)
@@ -172,7 +177,8 @@ def test_a_method_without_hypotheses_says_what_is_absent(tmp_path, stored):
     volume = read(tmp_path, stored, ("T1",))
     write(tmp_path / "out", make_prediction(volume, stored, full=False), volume, method="unet")
     found = json.loads((tmp_path / "out" / "report.json").read_text())
-    expected = {"divergence", "conflict", "cause", "hypotheses", "attribution_T1", "attribution_FLAIR"}
+    expected = {"divergence", "conflict", "cause", "hypotheses"}
+    expected |= {f"{kind}_{name}" for kind in ("attribution", "counterfactual") for name in MODALITIES}
     assert set(found["absent"]) == {f"{stem}.nii.gz" for stem in expected}
     assert all("unet" in why for why in found["absent"].values())
     assert not any((tmp_path / "out" / name).exists() for name in found["absent"])

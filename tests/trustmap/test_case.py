@@ -112,14 +112,27 @@ def test_trust_by_hand():
     error = np.full((1, 20, 20), 0.01, np.float32)
     p = np.zeros((1, 20, 20, 2), np.float32)
     p[..., 0] = 1.0
-    body = np.ones((1, 20, 20), bool)
-    calm = trust(error, p, body, 0.5, 0.8)
-    assert calm["score"] == pytest.approx(0.99) and calm["predicted_dice"] == 0.8  # no foreground: the whole body
+    body, label = np.ones((1, 20, 20), bool), np.zeros((1, 20, 20), np.uint8)
+    calm = trust(error, p, label, body, 0.5, 0.8)
+    assert calm["mean_error"] == pytest.approx(0.01)  # foreground is likely nowhere: the whole body
+    assert calm["score"] == 0 and calm["nothing_found"] and calm["predicted_dice"] == 0.8
     assert calm["largest_doubtful_ml"] == 0 and calm["contested_ml"] is None and calm["gap"] is None
     p[0, 10, 10] = (0.5, 0.5)  # the place to look at: 11 x 11 voxels around this one
     error[0, 10, 9:12], error[0, 0, 0], error[0, 12, 10] = 0.6, 1.0, 0.5
     conflict = np.where(error > 0.55, 0.3, 0.1).astype(np.float32)
-    found = trust(error, p, body, 0.5, None, conflict, 2 * error)
+    label[0, 10, 10] = 1
+    found = trust(error, p, label, body, 0.5, None, conflict, 2 * error)
     mean = (117 * 0.01 + 3 * 0.6 + 0.5) / 121
-    assert found["score"] == pytest.approx(1 - mean) and found["gap"] == pytest.approx(2 * mean)
+    assert found["mean_error"] == pytest.approx(mean) and found["gap"] == pytest.approx(2 * mean)
+    assert found["score"] == pytest.approx(1 - mean) and not found["nothing_found"]
+    assert trust(error, p, label, body, 0.5, 0.8)["score"] == 0.8
     assert found["largest_doubtful_ml"] == 1.5 and found["contested_ml"] == 2.0
+
+
+def test_a_lesion_that_all_hypotheses_miss_is_not_the_most_trusted():
+    mean = np.full((2, 8, 8, 2), (0.999, 0.001), np.float32)
+    label, decision = dice_bayes(mean, np.zeros((6, 2, 8, 8), np.uint8))
+    assert decision["predicted_dice"] == 1  # empty with empty
+    error, body = np.full(label.shape, 0.001, np.float32), np.ones(label.shape, bool)
+    found = trust(error, mean, label, body, 1.0, decision["predicted_dice"])
+    assert found["score"] == 0 and found["nothing_found"] and found["predicted_dice"] == 1

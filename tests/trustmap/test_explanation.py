@@ -112,11 +112,17 @@ def test_sentences_say_what_the_record_holds():
 def test_records_without_conflict_maps_and_limits():
     plain = run(cause=None, conflict_pairs=None, support=None, attribution=None, counterfactual=None)
     assert len(plain) == 2 and "votes" not in plain[0] and "Reason" not in sentence(plain[0])
-    assert len(run(largest=1)) == 1 and [r["voxels"] for r in run(threshold=0.35)] == [32]
-    assert run(threshold=0.95) == []
+    assert len(run(largest=1)) == 1
     alone = run(present=(False, True, False))
     assert alone[0]["blame"] is None and alone[0]["pair"] is None
     assert sentence(alone[1]).count("T1 and T1ce are missing") == 1
+
+
+def test_only_what_is_above_the_threshold_of_a_review_is_a_region():
+    error, label, *_ = scan()
+    for scale, expected in ((1.0, [32, 8]), (0.6, [32]), (0.2, [])):  # of .4, .3 and less than 5 voxels of more
+        found = records(scale * error, label, (1.0, 1.0, 1.0), MODALITIES, CLASSES, np.ones(3, bool))
+        assert [r["voxels"] for r in found] == expected
 
 
 def test_components_are_three_dimensional():
