@@ -53,7 +53,8 @@ def describe(
         mine = kappa[both & ((first == m) | (second == m))]
         contested = np.log(mine.max() + 1e-3) if mine.size else np.nan
         texture = ood.texture(volume.image[m], volume.body)
-        look = (ood.spread(volume.image[m], volume.body), survey.appearance(volume, m), texture)
+        cells = survey.appearance(volume, volume.image[m], volume.body)
+        look = (ood.spread(volume.image[m], volume.body), cells, texture)
         found["encoder"].append(np.append(means[m], [np.log(error[m] + 1e-3), entropy[m], contested]))
         found["texture"].append(texture)
         found["look"].append(np.concatenate(look))

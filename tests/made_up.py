@@ -68,3 +68,24 @@ def picture(path: Path, seed=0, shape=(20, 26)) -> Path:
     values = disc * (120 + 3 * (20 - rows) + columns) + np.random.default_rng(seed).integers(0, 4, shape)
     Image.fromarray(values.astype(np.uint8)).save(path)
     return path
+
+
+def pet_ct_t1(folder: Path, cases: int, shape=(40, 44, 8)) -> None:
+    """Patients with PET in SUV, CT in Hounsfield units, T1 and a mask of the hot spot, listed in a manifest."""
+    rows = ["case,PET,CT,T1,label"]
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    for number in range(cases):
+        rng = np.random.default_rng(number)
+        body, hot = x**2 + y**2 < 0.8, (x - 0.3) ** 2 + (y + rng.uniform(-0.2, 0.2)) ** 2 < 0.06
+        fat = body & (x**2 + y**2 > 0.5)
+        scans = {
+            "PET": np.where(body, rng.uniform(0.3, 0.9, shape) + 6 * hot, rng.uniform(0, 0.05, shape)),
+            "CT": np.where(body, np.where(fat, -95.0, 45 - 15 * hot + 4 * z), -1000.0) + rng.normal(0, 12, shape),
+            "T1": np.where(body, np.where(fat, 950.0, 320 + 90 * hot), 8.0) + rng.uniform(0, 60, shape),
+            "label": hot.astype(np.uint8),
+        }
+        (folder / f"p{number}").mkdir(parents=True)
+        for name, values in scans.items():
+            save(folder / f"p{number}" / f"{name}.nii.gz", values, dtype=np.uint8 if name == "label" else np.float32)
+        rows.append(f"p{number}," + ",".join(f"p{number}/{name}.nii.gz" for name in scans))
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n")

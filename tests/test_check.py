@@ -10,6 +10,7 @@ import nibabel
 import numpy as np
 from ml_collections import ConfigDict
 
+import made_up
 from configs import common
 from entrust_jax import check
 
@@ -36,6 +37,27 @@ def test_a_sound_set_is_counted_pictured_and_planned(repository, tmp_path):
     assert found["labels"]["lesion"]["voxels"] > 0
     assert (tmp_path / "seen" / "check.png").stat().st_size > 50_000
     assert (tmp_path / "seen" / "augmented.png").stat().st_size > 20_000 and "augmented.png: look" in done.stdout
+
+
+def test_pet_and_ct_in_each_others_place_are_noticed(repository, tmp_path):
+    made_up.pet_ct_t1(tmp_path / "data", 11)
+    pet, ct = (tmp_path / "data" / "p4" / f"{name}.nii.gz" for name in ("PET", "CT"))
+    pet.rename(tmp_path / "aside.nii.gz")
+    ct.rename(pet)
+    (tmp_path / "aside.nii.gz").rename(ct)
+    broken = tmp_path / "data" / "p9" / "T1.nii.gz"  # an error: nothing is compiled
+    broken.write_bytes(broken.read_bytes()[:100])
+    place = (f"--config.data.dir={tmp_path}/data", f"--output={tmp_path}/seen")
+    done = run(repository, "--config=configs/sarcoma.py", *place)
+    assert done.returncode == 2 and "error: 1 to mend" in done.stderr, done.stderr
+    said = [line for line in done.stdout.splitlines() if "warning:" in line and "p4" in line]
+    assert any("case p4: PET looks like CT, CT looks like PET; see whether the files" in line for line in said)
+    assert any(
+        f"{pet}: is negative inside the body" in line and "intensity.PET = ('scale', 2.5)" in line for line in said
+    )
+    assert any(f"{ct}: is nowhere below 0 inside the body" in line for line in said)
+    others = [line for line in done.stdout.splitlines() if "looks like" in line or "does not go with" in line]
+    assert len(others) == 3, others  # and of no other case
 
 
 def test_a_damaged_set_leaves_with_2_and_names_the_file(repository, tmp_path):

@@ -21,6 +21,7 @@ from entrust_jax.errors import UserError
 IGNORED = -1  # the class index of voxels that count neither in training nor in scores
 SAME = 0.9999  # correlation of two scans above which one is a copy of the other
 FLAT = 0.02  # standard deviation after a rule of intensity below which it cannot be the right one
+AIR, FAT, BONE = -1000.0, -50.0, 1000.0  # Hounsfield units: of air, above those of fat, of dense bone
 COVERED = 0.9  # share of the body below which a scan's field of view is worth a word
 ROUNDING = 0.1  # voxels by which an affine may have been rounded on a label's way through other software
 MOST_VALUES = 8  # of a mask that are named
@@ -196,22 +197,37 @@ def copies(
     return [(there[i], there[j]) for i, j in pairs if alike[i, j] > SAME]
 
 
-def read_volume(
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measured:
+    """One case on the grid of its reference, axes [D, H, W], as its scanners measured it.
+
+    values: as in the files, 0 where a modality is missing. covered: where each was measured. The rest as in `Volume`.
+    """
+
+    case: Case
+    grid: Grid
+    values: Float32[np.ndarray, "m d h w"]
+    covered: Bool[np.ndarray, "m d h w"]
+    present: Bool[np.ndarray, " m"]
+    label: Int32[np.ndarray, "d h w"] | None
+    raters: Int32[np.ndarray, "r d h w"] | None
+    body: Bool[np.ndarray, "d h w"]
+    warnings: tuple[str, ...]
+
+
+def measure(
     case: Case,
     *,
     modalities: Sequence[str],
     reference: str,
     label_map: Iterable[tuple[float, int]],
     classes: Sequence[str],
-    intensity: Mapping[str, Sequence[Any]] = MappingProxyType({}),
-    drop_copies: bool = False,
-) -> Volume:
+) -> Measured:
     """Reads a case onto the grid of its reference modality (the first present one when that is missing).
 
-    Other modalities are resampled linearly through the affines, the label by nearest neighbour. A modality with one
-    single value counts as missing, with `drop_copies` also one that is a copy of another; one that hardly overlaps or
-    seems to lie beside the reference gets a warning. Raises UserError, naming the file, for anything else that keeps
-    one of the case's files from being used.
+    Other modalities are resampled linearly through the affines, the label by nearest neighbour. A scan of one single
+    value counts as missing. Raises UserError, naming the file, for anything that keeps one of the case's files from
+    being used.
     """
     names = [name for name in modalities if name in case.images]
     if not names:
@@ -251,44 +267,66 @@ def read_volume(
         raters = labels if len(labels) > 1 else None
         label = labels[0] if raters is None else majority(raters, len(classes))
     raw = np.ascontiguousarray(np.moveaxis(raw, 3, 1))
-    field = np.moveaxis(field, 3, 1)
     body = body_mask(raw, present)
+    return Measured(case, grid, raw, np.moveaxis(field, 3, 1), present, label, raters, body, tuple(warnings))
+
+
+def normalised(
+    measured: Measured,
+    *,
+    modalities: Sequence[str],
+    reference: str,
+    intensity: Mapping[str, Sequence[Any]] = MappingProxyType({}),
+    drop_copies: bool = False,
+) -> Volume:
+    """A case as the networks see it, with a warning for all that its values make doubtful.
+
+    A modality with one single value inside the body counts as missing, with `drop_copies` also one that is a copy of
+    another. Raises UserError where none is left.
+    """
+    case, grid, body, label = measured.case, measured.grid, measured.body, measured.label
+    warnings, present = [*measured.warnings], measured.present.copy()
     rules = rules_of(intensity, modalities)
-    image = np.zeros_like(raw)
+    files = [f"{case.images.get(name)}" for name in modalities]
+    image = np.zeros_like(measured.values)
     for m in np.flatnonzero(present).tolist():
         # What lies beyond a smaller field of view was not measured: it stays out of the moments and at 0.
-        image[m] = normalise(raw[m : m + 1], np.array([True]), body & field[m], rules[m : m + 1])[0]
-        share = field[m][body].mean() if body.any() else 1.0
+        seen = body & measured.covered[m]
+        image[m] = normalise(measured.values[m : m + 1], np.array([True]), seen, rules[m : m + 1])[0]
+        share = measured.covered[m][body].mean() if body.any() else 1.0
         if share < COVERED:
             warnings.append(
-                f"{case.images[modalities[m]]}: covers only {share:.0%} of the body on {grid.path}; "
-                "where it does not, it says nothing"
+                f"{files[m]}: covers only {share:.0%} of the body on {grid.path}; where it does not, it says nothing"
             )
-        inside = image[m][body & field[m]]
+        inside = image[m][seen]
         if not inside.size or inside.min() == inside.max():
             image[m] = 0.0
             present[m] = False
             warnings.append(
-                f"{case.images[modalities[m]]}: has one single value inside the body on the grid of {grid.path}"
+                f"{files[m]}: has one single value inside the body on the grid of {grid.path}"
                 f"{_by_rule(modalities[m], rules[m])}; counts as missing"
             )
         elif rules[m] is not None and inside.std() < FLAT:
             warnings.append(
-                f"{case.images[modalities[m]]}: hardly varies inside the body{_by_rule(modalities[m], rules[m])};"
+                f"{files[m]}: hardly varies inside the body{_by_rule(modalities[m], rules[m])};"
                 " see whether its values have the unit that the rule expects"
+            )
+        if (said := unfit(measured.values[m][seen], rules[m])) is not None:
+            warnings.append(
+                f"{files[m]}: {said}, which does not go with config.data.intensity.{modalities[m]} = {rules[m]}; see"
+                " whether it is the right file, and its unit"
             )
     if not present.any():
         raise UserError(f"{grid.path}: no scan of case {case.name} says anything inside the body; export them again")
     x, y, z = voxel_sizes(grid.affine).tolist()
-    files = [f"{case.images.get(name)}" for name in modalities]
-    for first, second in copies(raw, present, body):
+    for first, second in copies(measured.values, present, body):
         said = f"{files[first]} and {files[second]} are the same scan voxel for voxel; one took the other's place"
         if drop_copies:
             lost = first if modalities[second] == reference else second
             present[lost], image[lost] = False, 0.0
             said += f"; {modalities[lost]} counts as missing"
         warnings.append(said)
-    warnings += doubts(raw, field, present, files.index(f"{grid.path}"), (z, x, y), files)
+    warnings += doubts(measured.values, measured.covered, present, files.index(f"{grid.path}"), (z, x, y), files)
     if label is not None and (label > 0).any() and (label[body] > 0).sum() < 0.5 * (label > 0).sum():
         warnings.append(f"{case.label}: most of what it labels lies outside the body; see whether it fits the scans")
     return Volume(
@@ -303,7 +341,43 @@ def read_volume(
         spacing=(z, x, y),
         reference=grid.path,
         warnings=tuple(warnings),
-        raters=raters,
+        raters=measured.raters,
+    )
+
+
+def unfit(inside: Float[np.ndarray, " n"], rule: Rule | None) -> str | None:
+    """Why values inside the body cannot be what a rule of intensity is for; None where they can.
+
+    ("scale", ...) is for PET, which counts and is never negative; a window that begins below fat is for CT in
+    Hounsfield units, in which fat and air lie below 0, nothing lies below air, and half a body is not denser than bone.
+    """
+    if rule is None or not inside.size:
+        return None
+    kind, (first, *_) = rule[0], rule[1:]
+    low, middle = np.percentile(inside, (1, 50)).tolist()
+    if kind == "scale":
+        return f"is negative inside the body (down to {low:.3g})" if low < -0.1 * first else None
+    if first <= FAT and low >= 0:
+        return "is nowhere below 0 inside the body, as fat and air are on CT"
+    if first <= FAT and (low < 1.1 * AIR or middle > BONE):
+        return f"has values from {low:.4g}, half of them above {middle:.4g}, inside the body, as no CT has"
+    return None
+
+
+def read_volume(
+    case: Case,
+    *,
+    modalities: Sequence[str],
+    reference: str,
+    label_map: Iterable[tuple[float, int]],
+    classes: Sequence[str],
+    intensity: Mapping[str, Sequence[Any]] = MappingProxyType({}),
+    drop_copies: bool = False,
+) -> Volume:
+    """Reads a case as the networks see it: `measure`, then `normalised`. Raises UserError as both do."""
+    measured = measure(case, modalities=modalities, reference=reference, label_map=label_map, classes=classes)
+    return normalised(
+        measured, modalities=modalities, reference=reference, intensity=intensity, drop_copies=drop_copies
     )
 
 

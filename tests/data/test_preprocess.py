@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import re
 from pathlib import Path
 
 import nibabel
@@ -439,6 +440,38 @@ def test_a_rule_that_does_not_fit_the_values_is_noticed(tmp_path):
     assert "config.data.intensity.T1 = ('window', -1000, -900)" in above.warnings[0]
     little = read(make_case(tmp_path, t1=head(seed=1) / 1e4), intensity={"T1": ("window", -160, 240)})
     assert little.present[0] and "T1.nii.gz: hardly varies inside the body" in little.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "values", "said"),
+    [
+        (("scale", 2.5), (-1000, -90, 40, 60), r"is negative inside the body \(down to -1e\+03\)"),
+        (("scale", 2.5), (-0.1, 0.3, 0.9, 12.0), None),  # a reconstruction's ripples
+        (
+            ("window", -160.0, 240.0),
+            (0, 0.3, 0.9, 12.0),
+            "is nowhere below 0 inside the body, as fat and air are on CT",
+        ),
+        (("window", -160.0, 240.0), (-1000, -90, 40, 1900), None),
+        (("window", -160.0, 240.0), (-500, 1200, 1500, 3000), "half of them above 1350, inside the body, as no CT has"),
+        (("window", -160.0, 240.0), (-30000, -90, 40, 60), "has values from -3e\\+04, half of them above -25"),
+        (("window", 0.0, 80.0), (1, 20, 40, 60), None),  # a brain without its skull has no fat and no air
+        (None, (-1000, -90, 40, 60), None),
+    ],
+)
+def test_values_that_a_rule_cannot_be_for_are_told(rule, values, said):
+    found = preprocess.unfit(np.repeat(np.array(values, np.float32), 20), rule)
+    assert found is None if said is None else re.search(said, found or "")
+
+
+def test_values_that_do_not_go_with_their_rule_name_the_file_and_the_rule(tmp_path):
+    ct = np.where(head(seed=1) > 50, head(seed=1) - 90, -1000.0).astype(np.float32)
+    lines = read(make_case(tmp_path, t1=ct), intensity={"T1": ("scale", 2.5)}).warnings
+    assert any(
+        "T1.nii.gz: is negative inside the body" in line and "intensity.T1 = ('scale', 2.5)" in line for line in lines
+    )
+    lines = read(make_case(tmp_path), intensity={"T1": ("window", -160.0, 240.0)}).warnings
+    assert any("T1.nii.gz: is nowhere below 0" in line for line in lines)
 
 
 def test_a_copy_is_named_also_where_scale_and_type_differ(tmp_path):

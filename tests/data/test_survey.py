@@ -1,6 +1,7 @@
 """What the check says of a data set: counts, damage, copies, and files in each other's place."""
 
 import dataclasses
+import itertools
 import shutil
 
 import nibabel
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import made_up
 from entrust_jax import check
 from entrust_jax.data import augment, layouts, pipeline, survey
 from entrust_jax.data.body import coordinates
@@ -36,7 +38,9 @@ def volume(number: int, modalities: int = 3) -> Volume:
 
 def finding(one: Volume) -> survey.Finding:
     d, h, w = one.body.shape
-    looks = np.stack([survey.appearance(one, m) for m in range(len(one.image))])
+    own = [survey.appearance(one, image, one.body) for image in one.image]
+    looks = np.repeat(np.stack(own)[:, None], len(own), axis=1)
+    looks[~one.present] = np.nan
     present = tuple(name for name, here in zip(MODALITIES, one.present, strict=False) if here)
     return survey.Finding(one.name, one.patient, present, (d, h, w), one.spacing, 6, (10, 2), looks, (), ())
 
@@ -348,3 +352,38 @@ def test_real_scans_exchanged_by_hand_are_noticed(data_root):
     cases[3] = dataclasses.replace(cases[3], images=files)
     found = [survey.look(options, case, 0)[0] for case in cases]
     assert any(f"case {cases[3].name}: " in line for line in survey.exchanged(found, MODALITIES))
+
+
+@pytest.mark.parametrize(("a", "b"), [("PET", "CT"), ("PET", "T1"), ("CT", "T1")])
+def test_exchanged_files_are_noticed_where_modalities_have_rules(tmp_path, a, b):
+    """Each file is read by the rule of the place that it may belong in."""
+    made_up.pet_ct_t1(tmp_path, 10)
+    names = ("PET", "CT", "T1")
+    rules = {"PET": ("scale", 2.5), "CT": ("window", -160.0, 240.0)}
+    options = data(tmp_path, layout="manifest", modalities=names, reference="T1", intensity=rules)
+    cases = [case for case in survey.cases_of(options)[0] if isinstance(case, layouts.Case)]
+    found = [survey.look(options, case, 0)[0] for case in cases]
+    assert survey.exchanged(found, names) == [] and not any(one.warnings for one in found)
+    files = {**cases[3].images, a: cases[3].images[b], b: cases[3].images[a]}
+    found[3] = survey.look(options, dataclasses.replace(cases[3], images=files), 0)[0]
+    (line,) = survey.exchanged(found, names)
+    assert f"case p3: {a} looks like {b}, {b} looks like {a}" in line
+
+
+def test_real_pet_ct_and_t1_exchanged_by_hand_are_noticed(data_root):
+    place = data_root / "sarcoma_pet_ct_mr"
+    if not place.is_dir():
+        pytest.skip(f"no {place}")
+    names = ("PET", "CT", "T1")
+    rules = {"PET": ("scale", 2.5), "CT": ("window", -160.0, 240.0)}
+    options = data(place, layout="manifest", modalities=names, reference="T1", intensity=rules)
+    cases = [case for case in survey.cases_of(options)[0] if isinstance(case, layouts.Case)][:10]
+    found = [survey.look(options, case, 0)[0] for case in cases]
+    assert survey.exchanged(found, names) == []
+    assert not any("does not go with" in line for one in found for line in one.warnings)
+    for a, b in itertools.combinations(names, 2):
+        files = {**cases[3].images, a: cases[3].images[b], b: cases[3].images[a]}
+        seen = [*found]
+        seen[3] = survey.look(options, dataclasses.replace(cases[3], images=files), 0)[0]
+        (line,) = survey.exchanged(seen, names)
+        assert f"case {cases[3].name}: {a} looks like {b}, {b} looks like {a}" in line
