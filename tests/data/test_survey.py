@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 import made_up
 from entrust_jax import check
-from entrust_jax.data import augment, layouts, pipeline, survey
+from entrust_jax.data import augment, layouts, manifest, pipeline, survey
 from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
@@ -370,10 +370,14 @@ def test_exchanged_files_are_noticed_where_modalities_have_rules(tmp_path, a, b)
     assert f"case p3: {a} looks like {b}, {b} looks like {a}" in line
 
 
-def test_real_pet_ct_and_t1_exchanged_by_hand_are_noticed(data_root):
-    place = data_root / "sarcoma_pet_ct_mr"
-    if not place.is_dir():
-        pytest.skip(f"no {place}")
+def test_real_pet_ct_and_t1_exchanged_by_hand_are_noticed(data_root, tmp_path):
+    folder = data_root / "sarcoma_pet_ct_mr"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    files = {"PET": "PET_image", "CT": "CT_image", "T1": "MR_T1_image", "label": "MR_T1_mask"}
+    rows = manifest.collect(folder, {name: f"{{case}}/{file}.nii.gz" for name, file in files.items()})
+    place = tmp_path / "manifest.csv"
+    place.write_text(manifest.as_csv(rows, [*files], str(folder)))
     names = ("PET", "CT", "T1")
     rules = {"PET": ("scale", 2.5), "CT": ("window", -160.0, 240.0)}
     options = data(place, layout="manifest", modalities=names, reference="T1", intensity=rules)
