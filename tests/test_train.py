@@ -384,5 +384,3 @@ def test_a_split_that_cannot_be_drawn_is_said_before_compiling(scans):
         own.data.split[key] = value
         with pytest.raises(UserError, match=f"config.data.split.*{key}|{key}"):
             dataset.check(own.data)
-
-

@@ -484,6 +484,13 @@ def read_volumes(
     return volumes, problems
 
 
+def write_grid(path: Path, reference: Path, start: int, count: int) -> None:
+    """Writes an empty map on so many axial slices of a scan from `start` on: the reference of maps of these alone."""
+    whole: Any = nibabel.as_closest_canonical(open_scan(reference))
+    part = whole.slicer[:, :, start : start + count]
+    nibabel.save(nibabel.Nifti1Image(np.zeros(part.shape, np.uint8), part.affine), path)
+
+
 def write_map(path: Path, array: np.ndarray, reference: Path, dtype: Any, *, channel_axis: int | None = None) -> None:
     """Writes a canonical map [D, H, W] as NIfTI in the reference scan's own geometry, whole or not at all.
 
