@@ -269,7 +269,9 @@ def judged(rows: Sequence[Mapping[str, Any]], law: Mapping[str, Any]) -> dict[st
     opposed, patient = (np.array([row[key] for row in rows]) for key in ("kind", "patient"))
     for name in conflict.MEASURES:
         score = np.array([row[name] for row in rows], np.float64)
-        found[f"AUROC of {name}"] = site_auroc(score, opposed == "conflict", patient, resamples=RESAMPLES)
+        found[f"AUROC of {'kappa' if name == 'conflict' else name}"] = site_auroc(
+            score, opposed == "conflict", patient, resamples=RESAMPLES
+        )
     found["exact AUROC of disagreement"] = _exactly_separated(rows, draws)
     exactly = {said: contributions(np.array(said), rho) for said in {tuple(row["evidence"]) for row in rows}}
     blames: dict[str, Callable[[Mapping[str, Any]], np.ndarray | None]] = {

@@ -200,7 +200,7 @@ def test_draws_from_the_exact_law_follow_conflict_as_well_as_the_exact_law():
         low, high = found[f"{name} of disagreement"]["ci95"]
         assert low < exact < high
         assert exact == pytest.approx(law[key], abs=slack)
-    assert found["AUROC of conflict"]["value"] == found["kappa where they conflict"]["value"] == 1
+    assert found["AUROC of kappa"]["value"] == found["kappa where they conflict"]["value"] == 1
     assert found["AUROC of entropy"]["value"] is None
 
 
