@@ -7,7 +7,7 @@ python -m entrust_jax.benchmark --suite=trust --workdir=W --output=O [--patients
 python -m entrust_jax.benchmark --suite=subsets --workdir=W --output=O [--data_dir=D] [--split=test|all]
 python -m entrust_jax.benchmark --suite=regions --workdir=W[,W2,...] --output=O [--data_dir=D] [--split=test|all]
 python -m entrust_jax.benchmark --suite=conflict --workdir=W[,U,...] [--output=O] [--slices=N] [--hypotheses=N]
-python -m entrust_jax.benchmark --suite=semisynthetic --config=configs/glioma.py --config.data.dir=D --output=O
+python -m entrust_jax.benchmark --suite=semisynthetic --config=C --config.data.dir=D --output=O [--slices=N]
 python -m entrust_jax.benchmark --suite=semisynthetic --workdir=W [--hypotheses=N]
 
 phantom: trains EnTrust and its ablations on the phantom and holds them against the exact posterior. Finished trainings
@@ -47,6 +47,7 @@ from entrust_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 TEST_CASES = 256
+SLICES = 2  # of a scan that the conflict suite changes and looks at
 COMPILED_FOR = 8  # devices, virtual ones on CPU
 
 
@@ -223,7 +224,7 @@ def conflict_suite(config: Any) -> None:
         "trained_on": [case.name for case in cases if case.name not in methods[first].splits["test"]],
     }
     output.mkdir(parents=True, exist_ok=True)
-    conflict.run(methods, conflict.subjects_of(methods[first], cases, FLAGS.slices), output, about)
+    conflict.run(methods, conflict.subjects_of(methods[first], cases, FLAGS.slices or SLICES), output, about)
     print((output / "conflict.md").read_text())
 
 
@@ -240,7 +241,7 @@ def semisynthetic_suite(config: Any) -> None:
         cli.check_place(output, "--output")
         hypotheses = config.diffusion.hypotheses = FLAGS.hypotheses or config.diffusion.hypotheses
         reliability = semisynthetic.reliabilities(FLAGS.reliability, tuple(config.data.modalities), hypotheses)
-        law = semisynthetic.make(config, output, reliability, FLAGS.draws)
+        law = semisynthetic.make(config, output, reliability, FLAGS.draws, FLAGS.slices)
         print(f"wrote {len(law['cases'])} cases to {output}; left out: {', '.join(law['left_out']) or 'none'}")
         auroc, aim = law["exact"]["auroc"], semisynthetic.AIMS["auroc"]
         print(f"AUROC of contradiction by {hypotheses} hypotheses from the exact law: {auroc:.3f}, aim {aim:g}")
@@ -291,7 +292,10 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", None, "Folder of labelled scans, or of the set; the one trained on if left out.")
     flags.DEFINE_enum("split", "test", ["test", "all"], "Held-out test cases, or every labelled case.")
     flags.DEFINE_integer("cases", 0, "conflict: so many cases, evenly spaced; 0 means all.", lower_bound=0)
-    flags.DEFINE_integer("slices", 2, "conflict: slices of a scan that are changed and looked at.", lower_bound=1)
+    flags.DEFINE_integer(
+        "slices", None, f"Slices of a scan that are changed; conflict: {SLICES}, semisynthetic: all if left out.",
+        lower_bound=1,
+    )  # fmt: skip
     flags.DEFINE_integer("hypotheses", None, "conflict, semisynthetic: as the config says if left out.", lower_bound=2)
     flags.DEFINE_integer("draws", 4, "semisynthetic: cases made of each scan.", lower_bound=1)
     flags.DEFINE_list("reliability", [], "semisynthetic: one for each modality; what the aim allows if left out.")

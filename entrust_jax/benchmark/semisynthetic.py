@@ -19,7 +19,7 @@ from scipy import ndimage
 from entrust_jax import api
 from entrust_jax.benchmark import conflict
 from entrust_jax.benchmark.conflict_figures import AIMS, RESAMPLES, Result, by_patient, mean_figure, ratio_figure
-from entrust_jax.data import dataset, manifest, preprocess, resampling, scans, semisynthetic
+from entrust_jax.data import dataset, intensity, manifest, preprocess, resampling, scans, semisynthetic
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.metrics.conflict import site_auroc
@@ -75,16 +75,19 @@ def reliabilities(asked: Sequence[str], modalities: Sequence[str], hypotheses: i
     return found
 
 
-def make(config: Any, output: Path, reliability: Sequence[float], draws: int) -> dict[str, Any]:
+def make(
+    config: Any, output: Path, reliability: Sequence[float], draws: int, slices: int | None = None
+) -> dict[str, Any]:
     """Writes the set made of config.data: a folder a case, manifest.csv and posterior.json, whole or not at all.
 
-    draws: cases made of each scan, all of one patient.
+    draws: cases made of each scan, all of one patient. slices: so many of each scan alone, all if None.
     """
     data = config.data
     if data.layout == "phantom":
         raise UserError("--config: a phantom's posterior is known already; name a config of real scans")
     modalities = tuple(data.modalities)
     values = output_folder.label_values(tuple(map(tuple, data.label_map)), len(data.classes))
+    rules = intensity.rules_of(data.intensity.to_dict(), modalities)
     law: dict[str, Any] = {"prior": semisynthetic.PRIOR, "reliability": dict(zip(modalities, reliability, strict=True))}
     law |= {"exact": exact_law(reliability, config.diffusion.hypotheses), "cases": {}, "left_out": []}
     rows: list[dict[str, str]] = []
@@ -92,7 +95,7 @@ def make(config: Any, output: Path, reliability: Sequence[float], draws: int) ->
         for case in dataset.find(data):
             found, _ = preprocess.read_volumes([case], **dataset.reading(data))
             for volume in found:
-                candidate = semisynthetic.candidate(volume)
+                candidate = semisynthetic.candidate(volume, slices)
                 if candidate is None:
                     law["left_out"].append(volume.name)
                     print(f"{volume.name}: no lesion with a healthy place of its size beside it, left out", flush=True)
@@ -100,10 +103,12 @@ def make(config: Any, output: Path, reliability: Sequence[float], draws: int) ->
                 for number in range(draws):
                     made, sites = semisynthetic.draw(candidate, reliability, number)
                     name = f"{volume.name}_{number:02d}"
-                    rows.append(write_case(folder, name, made, sites, modalities, values))
+                    rows.append(write_case(folder, name, candidate.start, made, sites, modalities, values, rules))
                     law["cases"][name] = [described(site, modalities) for site in sites]
         if not rows:
-            raise UserError(f"{data.dir}: no scan has a lesion with a healthy place of its size beside it")
+            raise UserError(
+                f"{data.dir}: no scan has a lesion with a healthy place of its size beside it; take few --slices"
+            )
         text = manifest.as_csv(rows, [*modalities, "label"], ".")
         logs.write_bytes(folder / "manifest.csv", text.encode())
         logs.write_json(folder / LAW, law)
@@ -119,23 +124,29 @@ def check_new(output: Path) -> None:
 def write_case(
     folder: Path,
     name: str,
+    start: int,
     volume: Volume,
     sites: Sequence[semisynthetic.Site],
     modalities: Sequence[str],
     values: np.ndarray,
+    rules: Sequence[intensity.Rule | None],
 ) -> dict[str, str]:
-    """Writes the scans, the label and the sites of one case; its row of the manifest."""
+    """Writes the scans, the label and the sites of one case, the slices of its scan from `start` on; its row of the
+
+    manifest.
+    """
     assert volume.reference is not None and volume.label is not None
     own = folder / name
     own.mkdir()
-    row = {"case": name, "patient": volume.patient}
+    row = {"case": name, "patient": volume.patient, "label": f"{name}/label.nii.gz"}
+    grid, images = folder / row["label"], intensity.stored(volume.image, volume.body, rules)
+    scans.write_grid(grid, volume.reference, start, len(volume.body))
     for m, modality in enumerate(modalities):
         if volume.present[m]:
             row[modality] = f"{name}/{modality}.nii.gz"
-            scans.write_map(folder / row[modality], semisynthetic.stored(volume)[m], volume.reference, np.float32)
-    row["label"] = f"{name}/label.nii.gz"
+            scans.write_map(folder / row[modality], images[m], grid, np.float32)
     # Voxels that count nowhere have no value of their own in every set: they are background here.
-    scans.write_map(folder / row["label"], values[np.maximum(volume.label, 0)], volume.reference, np.uint8)
+    scans.write_map(grid, values[np.maximum(volume.label, 0)], grid, np.uint8)
     marks = sum((i * site.mask.astype(np.uint8) for i, site in enumerate(sites, 1)), np.zeros((), np.uint8))
     np.savez_compressed(own / SITES, sites=np.asarray(marks, np.uint8))
     return row
@@ -258,7 +269,9 @@ def judged(rows: Sequence[Mapping[str, Any]], law: Mapping[str, Any]) -> dict[st
     opposed, patient = (np.array([row[key] for row in rows]) for key in ("kind", "patient"))
     for name in conflict.MEASURES:
         score = np.array([row[name] for row in rows], np.float64)
-        found[f"AUROC of {name}"] = site_auroc(score, opposed == "conflict", patient, resamples=RESAMPLES)
+        found[f"AUROC of {'kappa' if name == 'conflict' else name}"] = site_auroc(
+            score, opposed == "conflict", patient, resamples=RESAMPLES
+        )
     found["exact AUROC of disagreement"] = _exactly_separated(rows, draws)
     exactly = {said: contributions(np.array(said), rho) for said in {tuple(row["evidence"]) for row in rows}}
     blames: dict[str, Callable[[Mapping[str, Any]], np.ndarray | None]] = {

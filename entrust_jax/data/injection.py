@@ -229,15 +229,13 @@ def cut(volume: Volume, start: int, count: int) -> Volume:
     )
 
 
-def prepared(volume: Volume, slices: int) -> tuple[Volume, list[Injection]]:
-    """(so many slices of a labelled case, the erasure and the transplant of their lesion); no injections where no run
+def find_run(volume: Volume, slices: int) -> tuple[int, Volume, Move] | None:
+    """(first slice, the slices as a case, the move of their lesion) of a run of so many slices: that with the largest
 
-    of slices has a lesion of SMALLEST voxels and a healthy place for it.
-
-    The run with the largest lesion is taken that has such a place.
+    lesion that has a healthy place; None where none has a lesion of SMALLEST voxels and such a place.
     """
     if volume.label is None:
-        return volume, []
+        return None
     area = np.sum((volume.label > 0) & volume.body, axis=(1, 2))
     count = min(slices, len(area))
     sums = np.convolve(area, np.ones(count, int), mode="valid")
@@ -245,9 +243,25 @@ def prepared(volume: Volume, slices: int) -> tuple[Volume, list[Injection]]:
         if sums[start] < SMALLEST:
             break
         part = cut(volume, int(start), count)
-        assert part.label is not None
-        lesion = (part.label > 0) & part.body
-        move = find_move(part, lesion)
+        move = find_move(part, lesion_of(part))
         if move is not None:
-            return part, [erased(part, lesion, move), transplanted(part, lesion, move)]
-    return volume, []
+            return int(start), part, move
+    return None
+
+
+def lesion_of(volume: Volume) -> Bool[np.ndarray, "d h w"]:
+    """Where a labelled case has a lesion of any class."""
+    assert volume.label is not None
+    return (volume.label > 0) & volume.body
+
+
+def prepared(volume: Volume, slices: int) -> tuple[Volume, list[Injection]]:
+    """(the slices that `find_run` finds in a case, the erasure and the transplant of their lesion); without them the
+
+    case itself and no injections.
+    """
+    found = find_run(volume, slices)
+    if found is None:
+        return volume, []
+    _, part, move = found
+    return part, [change(part, lesion_of(part), move) for change in (erased, transplanted)]

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Float32
 from entrust_jax.errors import UserError
 
 Rule = tuple[str, *tuple[float, ...]]  # how a modality's intensities are read; see `normalise`
+AIR = -1000.0  # Hounsfield units
 
 
 def normalise(
@@ -41,6 +42,29 @@ def normalise(
         size = np.abs(z)
         z = np.where(size > 4, np.sign(z) * (4 + np.log1p(np.maximum(size - 4, 0))), z)
         result[m][body] = z.astype(np.float32)
+    return result
+
+
+def stored(
+    image: Float[np.ndarray, "m *s"], body: Bool[np.ndarray, "*s"], rules: Sequence[Rule | None] = ()
+) -> Float32[np.ndarray, "m *s"]:
+    """What a scanner would have stored for `normalise` to read this image: its inverse, with air outside the body.
+
+    Values without a unit become whole numbers round 1000, 100 a standard deviation, and positive: the body stays what
+    is brighter than the air around it.
+    """
+    size = np.abs(image)
+    z = np.where(size > 4, np.sign(image) * (4 + np.expm1(np.maximum(size - 4, 0))), image)
+    result = np.zeros(image.shape, np.float32)
+    for m in range(len(image)):
+        rule = rules[m] if m < len(rules) else None
+        if rule is None:
+            result[m] = np.where(body, np.maximum(np.rint(1000 + 100 * z[m]), 1), 0)
+        elif rule[0] == "window":
+            low, high = rule[1:]
+            result[m] = np.where(body, low + (z[m] + 2) / 4 * (high - low), AIR)
+        else:
+            result[m] = np.where(body, z[m] * rule[1], 0)
     return result
 
 

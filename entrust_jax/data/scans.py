@@ -302,6 +302,16 @@ def resample(
     return np.where(covered, result, values.min()), covered
 
 
+def write_grid(path: Path, reference: Path, start: int, count: int) -> None:
+    """Writes an empty map on so many axial slices of a scan from `start` on: the reference of maps of these alone."""
+    whole: Any = nibabel.as_closest_canonical(open_scan(reference))
+    part = whole.slicer[:, :, start : start + count]
+    units = part.header if isinstance(part, nibabel.Nifti1Image) else None
+    empty = nibabel.Nifti1Image(np.zeros(part.shape, np.uint8), part.affine, units)
+    empty.set_data_dtype(np.uint8)
+    nibabel.save(empty, path)
+
+
 def write_map(path: Path, array: np.ndarray, reference: Path, dtype: Any, *, channel_axis: int | None = None) -> None:
     """Writes a canonical map [D, H, W] as NIfTI in the reference scan's own geometry, whole or not at all.
 

@@ -28,11 +28,12 @@ PLACES = ("own place", "other place")
 
 
 class Candidate(NamedTuple):
-    """A labelled scan, the label of its lesion at the other place, every modality with the lesion erased, and with it
+    """The slices of a labelled scan from `start` on, the label of their lesion at the other place, every modality with
 
-    transplanted there.
+    the lesion erased, and with it transplanted there.
     """
 
+    start: int
     volume: Volume
     other: Int[np.ndarray, "d h w"]
     hidden: Float[np.ndarray, "m d h w"]
@@ -63,20 +64,21 @@ def patterns(reliability: Sequence[float]) -> tuple[Int[np.ndarray, "e m"], Floa
     return evidence, PRIOR * given[0] + (1 - PRIOR) * given[1]
 
 
-def candidate(volume: Volume) -> Candidate | None:
-    """What can be shown and hidden in a labelled scan; None where it has no lesion, or no healthy place as large as the
+def candidate(volume: Volume, slices: int | None = None) -> Candidate | None:
+    """What can be shown and hidden in a labelled scan, or in so many slices of it (`injection.find_run`): a lesion that
 
-    lesion in the same slices.
+    fills the body has a healthy place of its size only where it is small. None where there is no lesion or no such
+    place.
     """
-    if volume.label is None:
+    found = injection.find_run(volume, slices or len(volume.body))
+    if found is None:
         return None
-    lesion = (volume.label > 0) & volume.body
-    move = injection.find_move(volume, lesion) if lesion.sum() >= injection.SMALLEST else None
-    if move is None:
-        return None
-    other = injection.carried(np.where(lesion, volume.label, 0), move) * volume.body
-    hide, show = injection.erased(volume, lesion, move), injection.transplanted(volume, lesion, move)
-    return Candidate(volume, other.astype(np.int32), hide.changed, show.changed)
+    start, part, move = found
+    assert part.label is not None
+    lesion = injection.lesion_of(part)
+    other = injection.carried(np.where(lesion, part.label, 0), move) * part.body
+    hide, show = injection.erased(part, lesion, move), injection.transplanted(part, lesion, move)
+    return Candidate(start, part, other.astype(np.int32), hide.changed, show.changed)
 
 
 def draw(one: Candidate, reliability: Sequence[float], seed: int) -> tuple[Volume, list[Site]]:
@@ -104,11 +106,3 @@ def kind(evidence: Int[np.ndarray, " m"]) -> str:
     if not np.any(evidence > 0):
         return "unseen"
     return "conflict" if np.any(evidence < 0) else "agree"
-
-
-def stored(volume: Volume) -> Float[np.ndarray, "m d h w"]:
-    """Intensities as a scanner would store them, positive in the body and 0 outside: reading takes the mean and the
-
-    deviation away again.
-    """
-    return np.where(volume.body, np.maximum(np.rint(1000 + 100 * volume.image), 1), 0).astype(np.float32)

@@ -4,6 +4,7 @@ import json
 import sys
 
 import jax
+import nibabel
 import numpy as np
 import pytest
 
@@ -11,7 +12,7 @@ from entrust_jax import api
 from entrust_jax.baselines.unet import UNet
 from entrust_jax.benchmark import conflict_figures
 from entrust_jax.benchmark import semisynthetic as suite
-from entrust_jax.data import dataset, phantom, phantom_law
+from entrust_jax.data import dataset, injection, phantom, phantom_law
 from entrust_jax.data import semisynthetic as law_of
 from entrust_jax.errors import UserError
 from entrust_jax.metrics import usefulness
@@ -63,6 +64,52 @@ def test_a_set_can_be_read_as_a_manifest(made, glioma):
     for number, site in enumerate(law["cases"][found[0].name], 1):
         inside = marks == number
         assert inside.any() and np.all((volumes[0].label[inside] > 0) == site["truth"])
+
+
+def pet_ct_mr(folder):
+    """A folder of one thigh: PET in SUV, CT in Hounsfield units, T1, and a tumour that fills all slices but one."""
+    rng, (x, y, z) = np.random.default_rng(0), np.mgrid[:48, :40, :6]
+    body = np.hypot((x - 23.5) / 22, (y - 19.5) / 18) <= 1
+    tumour = np.where(z < 5, body, np.hypot(x - 14, y - 12) <= 4)
+    soft = rng.normal(size=body.shape)
+    scans = {
+        "PET": np.where(body, np.maximum(0.5 + 0.1 * soft, 0) + 20 * tumour, 0),
+        "CT": np.where(body, 40 + 10 * soft + 30 * tumour, -1000),
+        "T1": np.where(body, 300 + 30 * soft + 150 * tumour, 0),
+        "label": tumour & body,
+    }
+    rows = ["case,patient," + ",".join(scans), "STS_1,STS_1," + ",".join(f"{name}.nii.gz" for name in scans)]
+    (folder / "manifest.csv").write_text(chr(10).join(rows))
+    affine = np.diag([-1.0, 1.0, 3.0, 1.0])  # not the canonical orientation
+    for name, values in scans.items():
+        stored = values.astype(np.uint8 if name == "label" else np.float32)
+        nibabel.save(nibabel.Nifti1Image(stored, affine), folder / f"{name}.nii.gz")
+
+
+def test_intensities_with_a_unit_come_back_as_they_were_in_some_slices(repository, tmp_path):
+    """CT came back constant, and a tumour that fills the thigh has no place beside it but in the last slice."""
+    sys.path.insert(0, str(repository))
+    from configs import sarcoma
+
+    (tmp_path / "scans").mkdir()
+    pet_ct_mr(tmp_path / "scans")
+    config = sarcoma.get_config().copy_and_resolve_references()
+    config.data.dir = str(tmp_path / "scans")
+    with pytest.raises(UserError, match="take few --slices"):
+        suite.make(config, tmp_path / "none", (0.9, 0.85, 0.8), 1)
+    law = suite.make(config, tmp_path / "set", (0.9, 0.85, 0.8), 2, slices=1)
+    ((before,), _), data = dataset.read(config.data, ["STS_1"], 0), config.data
+    data.dir = str(tmp_path / "set")
+    after, problems = dataset.read(data, list(law["cases"]), 0)
+    assert len(after) == 2 and not problems
+    for volume in after:
+        assert volume.present.all() and volume.image.shape[1] == 1 and volume.spacing == before.spacing
+        np.testing.assert_array_equal(volume.body, before.body[-1:])
+        sites = np.load(tmp_path / "set" / volume.name / suite.SITES)["sites"]
+        far = volume.body & ~injection.grown(sites > 0, injection.MARGIN + 1)
+        np.testing.assert_allclose(volume.image[:2, far], before.image[:2, -1:][:, far], atol=1e-4)
+        hot = [site["evidence"]["PET"] > 0 for site in law["cases"][volume.name]]
+        assert [volume.image[0][sites == i].mean() > 4 for i in (1, 2)] == hot
 
 
 def test_a_folder_with_other_files_is_left_alone(glioma, tmp_path):
@@ -153,7 +200,7 @@ def test_draws_from_the_exact_law_follow_conflict_as_well_as_the_exact_law():
         low, high = found[f"{name} of disagreement"]["ci95"]
         assert low < exact < high
         assert exact == pytest.approx(law[key], abs=slack)
-    assert found["AUROC of conflict"]["value"] == found["kappa where they conflict"]["value"] == 1
+    assert found["AUROC of kappa"]["value"] == found["kappa where they conflict"]["value"] == 1
     assert found["AUROC of entropy"]["value"] is None
 
 

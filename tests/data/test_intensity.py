@@ -34,6 +34,24 @@ def test_intensities_with_a_unit_are_read_by_their_rule():
     assert abs(mixed[0].mean()) < 0.01 and np.array_equal(mixed[1], z[1])
 
 
+def test_what_is_stored_is_read_as_what_it_was():
+    rng = np.random.default_rng(0)
+    body = np.hypot(*np.mgrid[-1:1:40j, -1:1:40j]) < 0.9
+    rules = (None, ("window", -160.0, 240.0), ("scale", 2.5))
+    raw = np.stack([rng.normal(80, 20, body.shape), rng.normal(20, 150, body.shape), rng.gamma(1, 8, body.shape)])
+    both = np.ones(3, bool)
+    image = intensities.normalise(raw, both, body, rules)
+    assert image[2].max() > 4.5  # beyond where growth slows down
+    stored = intensities.stored(image, body, rules)
+    again = intensities.normalise(stored, both, body, rules)
+    np.testing.assert_allclose(again[1:], image[1:], atol=1e-5)
+    np.testing.assert_allclose(again[0], image[0], atol=0.03)  # whole numbers, and moments of its own
+    np.testing.assert_allclose(stored[1][body], np.clip(raw[1][body], -160, 240), atol=1e-3)
+    np.testing.assert_allclose(stored[2][body], raw[2][body], rtol=1e-4, atol=1e-5)
+    assert not stored[[0, 2]][:, ~body].any() and set(stored[1][~body]) == {-1000.0}
+    assert stored[0][body].min() >= 1
+
+
 @pytest.mark.parametrize(
     ("intensity", "message"),
     [

@@ -106,10 +106,14 @@ def test_sites_are_sorted_by_what_is_said_of_them():
     assert semisynthetic.kind(np.array([-1, 0, -1])) == "unseen"
 
 
-def test_what_is_stored_is_the_same_scan_when_it_is_read():
+def test_a_lesion_that_fills_the_body_has_room_in_some_slices():
+    """Of three slices the lesion fills the first; the second and the third alone can be used."""
     volume = scan()
-    stored = semisynthetic.stored(volume)
-    assert not stored[:, ~volume.body].any() and stored[:, volume.body].min() > 0
-    for m in range(2):
-        a, b = stored[m][volume.body], volume.image[m][volume.body]
-        assert np.corrcoef(a, b)[0, 1] > 0.999
+    parts = {name: np.concatenate([x, x[..., :1, :, :]], axis=-3)
+             for name, x in (("image", volume.image), ("label", volume.label), ("body", volume.body))}  # fmt: skip
+    parts["label"][0] = parts["body"][0]
+    full = dataclasses.replace(volume, **parts, coordinates=coordinates(parts["body"]))
+    assert semisynthetic.candidate(full) is None
+    found = semisynthetic.candidate(full, 2)
+    assert found is not None and found.start == 1 and found.volume.body.shape == SHAPE
+    np.testing.assert_array_equal(found.volume.label, full.label[1:])
