@@ -356,7 +356,7 @@ def unfit(inside: Float[np.ndarray, " n"], rule: Rule | None) -> str | None:
     kind, (first, *_) = rule[0], rule[1:]
     low, middle = np.percentile(inside, (1, 50)).tolist()
     if kind == "scale":
-        return f"is negative inside the body (down to {low:.3g})" if low < -0.1 * first else None
+        return f"is negative inside the body (down to {low:.4g})" if low < -0.1 * first else None
     if first <= FAT and low >= 0:
         return "is nowhere below 0 inside the body, as fat and air are on CT"
     if first <= FAT and (low < 1.1 * AIR or middle > BONE):

@@ -9,23 +9,25 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float, Num, Shaped
 from nibabel import orientations
 from nibabel.affines import voxel_sizes
 from nibabel.imageglobals import LoggingOutputSuppressor
+from scipy import ndimage
 
 from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
-from entrust_jax.data.scans import UNREADABLE, in_mm, open_scan
+from entrust_jax.data.scans import UNREADABLE, in_mm, open_scan, smoothed
 from entrust_jax.errors import UserError
 
 PLANNED = ("median",)  # config.data.spacing that asks for a plan
 ANISOTROPIC = 3.0  # nnU-Net's threshold, for spacings and for sizes
 TIE = 1e-4  # voxels, or shares: half-way goes up, whatever the rounding of a scan's affine
 FINEST = 16  # times finer than a scan: more is a slip of the pen, and a grid that no memory holds
+LEAST_WEIGHT = 1e-3  # of the body around one of its voxels
 SAME_SPACING = 1e-3  # relative difference below which an axis stays as it is
 
 
@@ -130,25 +132,30 @@ def working(own: Lattice, spacing: Sequence[float], scan: Path | str) -> Lattice
 
 
 def moved(values: Shaped[np.ndarray, "..."], source: Lattice, target: Lattice, *, first: int = 0) -> np.ndarray:
-    """An array on one lattice at the voxel centres of another of the same centre.
+    """An array on one lattice at the voxel centres of another of the same centre (scipy.ndimage.affine_transform).
 
     first: the array's axis that is the lattice's first one. Floats are interpolated linearly (float32), whole numbers
-    and masks taken from the nearest voxel; beyond the outermost centres the border's values go on. Ours.
+    and masks taken from the nearest voxel; beyond the outermost centres the border's values go on.
     """
-    axes = zip(source.sizes, source.spacing, target.sizes, target.spacing, strict=True)
-    for axis, (size, step, new_size, new_step) in enumerate(axes, first):
-        if (size, step) == (new_size, new_step):
-            continue
-        at = (np.arange(new_size) - (new_size - 1) / 2) * (new_step / step) + (size - 1) / 2
-        at = np.clip(at, 0, size - 1)
-        if values.dtype.kind != "f":
-            values = values.take(np.floor(at + 0.5 + TIE).astype(int), axis)
-            continue
-        low = np.minimum(at.astype(int), max(size - 2, 0))
-        share = (at - low).astype(np.float32).reshape(-1, *(1,) * (values.ndim - 1 - axis))
-        values = values.astype(np.float32, copy=False)
-        values = (1 - share) * values.take(low, axis) + share * values.take(np.minimum(low + 1, size - 1), axis)
-    return values
+    if source == target:
+        return values
+    linear, count = values.dtype.kind == "f", len(source.sizes)
+    axes, last = range(first, first + count), range(-count, 0)
+    step = np.divide(target.spacing, source.spacing)
+    start = (np.array(source.sizes) - 1) / 2 - (np.array(target.sizes) - 1) / 2 * step
+    channels = np.moveaxis(values, axes, last)
+    found = np.empty((*channels.shape[:-count], *target.sizes), np.float32 if linear else values.dtype)
+    for index in np.ndindex(channels.shape[:-count]):
+        ndimage.affine_transform(
+            channels[index],
+            step,
+            cast(Any, start if linear else start + TIE),
+            output=found[index],
+            output_shape=target.sizes,
+            order=int(linear),
+            mode="nearest",
+        )
+    return np.ascontiguousarray(np.moveaxis(found, last, axes))
 
 
 def lattice_of(volume: Volume) -> Lattice:
@@ -160,18 +167,22 @@ def at_spacing(volume: Volume, spacing: Sequence[float]) -> Volume:
     """A case on its working grid; the case itself where that is its own grid, or `spacing` is ().
 
     Inside the body an image is the mean of the neighbours that lie in the body, by their linear weights: the zeros
-    outside do not bleed in. A body that falls between the voxels becomes the whole grid, as `body.body_mask` has
-    it. Ours.
+    outside do not bleed in. Onto much coarser voxels it is smoothed first (`scans.smoothed`), in the body alone too. A
+    body that falls between the voxels becomes the whole grid, as `body.body_mask` has it. Ours.
     """
     own = lattice_of(volume)
     target = working(own, spacing, volume.reference or volume.name)
     if target == own:
         return volume
-    inside = moved(volume.body.astype(np.float32), own, target)
-    body = inside >= 0.5 - TIE
-    image = moved(volume.image, own, target, first=1) * body / np.maximum(inside, 0.5)
-    if not body.any():
-        body, image = np.ones_like(body), moved(volume.image, own, target, first=1)
+    coarser = np.divide(target.spacing, own.spacing)
+    inside = volume.body.astype(np.float32)
+    body = moved(inside, own, target) >= 0.5 - TIE
+    image = moved(np.stack([smoothed(one, coarser) for one in volume.image]), own, target, first=1)
+    if body.any():
+        weight = moved(smoothed(inside, coarser), own, target)
+        image = image * body / np.maximum(weight, LEAST_WEIGHT)
+    else:
+        body = np.ones_like(body)
     d, h, w = target.spacing
     return dataclasses.replace(
         volume,

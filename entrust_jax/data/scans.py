@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import nibabel
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float32
 from nibabel import orientations
 from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.arrayproxy import is_proxy
@@ -26,6 +26,9 @@ from entrust_jax.errors import UserError
 
 UNITS = {1: ("metres", 1e3), 3: ("microns", 1e-3)}  # NIfTI's codes of what is not mm, in words and in mm
 PLAUSIBLE = (0.05, 50.0)  # mm: voxels below and above are no patient's
+COARSER = (
+    1.51  # voxels: the step above which sampling an image at points would alias; not 1.5, a ratio that affines round
+)
 GREY = ("1", "L", "I;16", "I;16B", "I;16L", "I", "F")  # Pillow's names for pictures with one number a pixel
 # What a damaged or foreign file raises somewhere inside nibabel, Pillow, gzip or numpy.
 UNREADABLE = (
@@ -271,13 +274,23 @@ def apart(a: Grid, b: Grid) -> tuple[float, float]:
     return float(np.linalg.norm(here - there, axis=1).max()), float(np.abs(voxels).max())
 
 
+def smoothed(values: Float32[np.ndarray, "*s"], coarser: Float[np.ndarray, " a"]) -> Float32[np.ndarray, "*s"]:
+    """An image that is to be sampled with steps of so many of its voxels, without the detail that would alias.
+
+    Along axes whose step is longer than `COARSER` voxels by a Gaussian of (step - 1) / 2 voxels' standard deviation, as
+    scikit-image's `resize` has it (anti_aliasing_sigma); the others stay as they are.
+    """
+    sigma = np.where(coarser > COARSER, (coarser - 1) / 2, 0.0)
+    return ndimage.gaussian_filter(values, sigma, mode="nearest") if sigma.any() else values
+
+
 def resample(
     values: np.ndarray, source: Grid, target: Grid, *, order: int
 ) -> tuple[np.ndarray, Bool[np.ndarray, "x y z"]]:
     """Values of one grid at the voxel centres of another, and which of these centres the first grid covers.
 
-    order: 1 linear (images), 0 nearest (labels). Voxels that are not covered have the lowest value, so that
-    they look like background. Raises UserError when none is covered.
+    order: 1 linear (images, `smoothed` where the other grid is much coarser), 0 nearest (labels). Voxels that are not
+    covered have the lowest value, so that they look like background. Raises UserError when none is covered.
     """
     matrix = np.linalg.inv(source.affine) @ target.affine
     linear, offset = matrix[:3, :3], cast(Any, matrix[:3, 3])
@@ -296,10 +309,12 @@ def resample(
             f"{source.path}: its grid does not overlap that of the reference {target.path};"
             " register the scans to each other or leave this one out"
         )
+    lowest = values.min()
     if order > 0:
-        values = values.astype(np.float32)
+        # How far a step of the other grid reaches along each axis of this one, whatever the turn between them.
+        values = smoothed(values.astype(np.float32), np.linalg.norm(linear, axis=1))
     result = ndimage.affine_transform(values, linear, offset, target.shape, order=order, mode="nearest")
-    return np.where(covered, result, values.min()), covered
+    return np.where(covered, result, lowest), covered
 
 
 def write_grid(path: Path, reference: Path, start: int, count: int) -> None:

@@ -174,6 +174,17 @@ def test_a_case_keeps_its_field_of_view_and_nothing_bleeds_in_from_outside_the_b
     assert whole.body.all() and np.isfinite(whole.image).all()
 
 
+def test_a_checkerboard_in_the_body_becomes_its_mean_on_much_coarser_voxels():
+    one = volume((4, 48, 45), spacing=(5.0, 1.0, 1.0))
+    board = 2.0 * (np.indices(one.body.shape).sum(axis=0) % 2)
+    one = dataclasses.replace(one, image=np.stack([board, board]).astype(np.float32) * one.body)
+    found, fine = (resampling.at_spacing(one, (0.0, working, working)) for working in (3.0, 1.4))
+    assert found.body.shape == (4, 16, 15) and found.label is not None and set(np.unique(found.label)) == {-1, 0, 1, 2}
+    # To the border of the body: the zeros outside do not bleed in.
+    np.testing.assert_allclose(found.image[:, found.body], 1.0, atol=0.15)
+    assert fine.image[:, fine.body].std() > 0.3 and not found.image[:, ~found.body].any()
+
+
 @pytest.mark.parametrize("working", [1.0, 3.0, 4.0])
 def test_the_rounding_of_an_affine_changes_nothing(working):
     """At such ratios voxel centres lie half-way between others: which neighbour is taken must not hang on a bit."""
