@@ -74,7 +74,7 @@ def pet_ct_mr(folder):
     soft = rng.normal(size=body.shape)
     scans = {
         "PET": np.where(body, np.maximum(0.5 + 0.1 * soft, 0) + 20 * tumour, 0),
-        "CT": np.where(body, 40 + 10 * soft + 30 * tumour, -1000),
+        "CT": np.where(body, 40 + 10 * soft + 30 * tumour - 200 * (soft > 1.5), -1000),  # with some fat
         "T1": np.where(body, 300 + 30 * soft + 150 * tumour, 0),
         "label": tumour & body,
     }
