@@ -191,8 +191,9 @@ def regions_suite(config: Any) -> None:
         for name, trained in methods.items()
         for volume in evaluate.read_volumes({name: trained}, FLAGS.data_dir, FLAGS.split)[0][name]
     )
-    about = {"command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]])}
+    about: dict[str, Any] = {"command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]])}
     about |= {"code_version": logs.code_version(), "split": FLAGS.split}
+    about |= {"calibrator": {name: trained.rung for name, trained in methods.items()}}
     regions.run(methods, cases, output, about)
     print((output / "regions.md").read_text())
 
