@@ -26,9 +26,7 @@ from entrust_jax.errors import UserError
 
 UNITS = {1: ("metres", 1e3), 3: ("microns", 1e-3)}  # NIfTI's codes of what is not mm, in words and in mm
 PLAUSIBLE = (0.05, 50.0)  # mm: voxels below and above are no patient's
-COARSER = (
-    1.51  # voxels: the step above which sampling an image at points would alias; not 1.5, a ratio that affines round
-)
+COARSER = 1.51  # voxels: sampling an image at points of longer steps aliases; not 1.5, a ratio that affines round
 GREY = ("1", "L", "I;16", "I;16B", "I;16L", "I", "F")  # Pillow's names for pictures with one number a pixel
 # What a damaged or foreign file raises somewhere inside nibabel, Pillow, gzip or numpy.
 UNREADABLE = (
