@@ -355,6 +355,34 @@ def test_prediction_without_the_reference_and_from_turned_scans(trained, command
     assert report["absent"]["counterfactual_T2.nii.gz"] == "no T2 scan was given"
 
 
+def test_the_order_and_the_names_of_the_scans_change_nothing(trained, command, tmp_path):
+    """To the last bit: in the order of the model, in another, by synonyms, and by the names of the config."""
+    workdir, scans = trained("unet"), scans_of(trained("unet"))
+    renamed = tmp_path / "workdir"
+    shutil.copytree(workdir, renamed)
+    config = json.loads((renamed / "config.json").read_text())
+    config["data"]["names"] = {"FLAIR": ["dark-fluid"], "T1": ["MPRAGE"]}
+    (renamed / "config.json").write_text(json.dumps(config))
+    synonyms = {"T1": "t1n", "T1ce": "T1Gd", "T2": "t2w", "FLAIR": "t2f"}
+    own = {"T1": "mprage", "T1ce": "t1c", "T2": "T2", "FLAIR": "Dark-Fluid"}
+    given = {
+        "ordered": (workdir, [f"{name}={scans[name]}" for name in MODALITIES]),
+        "turned": (workdir, [f"{synonyms[name]}={scans[name]}" for name in reversed(MODALITIES)]),
+        "renamed": (renamed, [f"{own[name]}={scans[name]}" for name in ("T2", "FLAIR", "T1", "T1ce")]),
+    }
+    found = {}
+    for name, (folder, files) in given.items():
+        command("predict", f"--workdir={folder}", f"--output={tmp_path / name}", *files)
+        found[name] = maps_of(tmp_path / name)
+    expected = found.pop("ordered")
+    assert "probability" in expected and "label" in expected
+    for name, maps in found.items():
+        assert set(maps) == set(expected), name
+        for key, image in maps.items():
+            assert np.asarray(image.dataobj).tobytes() == np.asarray(expected[key].dataobj).tobytes(), (name, key)
+            assert image.header.binaryblock == expected[key].header.binaryblock, (name, key)
+
+
 @pytest.mark.parametrize("method", ["unet", "deep_ensemble"])
 def test_a_baseline_predicts_a_folder(trained, command, tmp_path, method):
     workdir, output = trained(method), tmp_path / "out"

@@ -337,11 +337,15 @@ def affines(draw):
     return affine, tuple(np.ceil(FIELD / zooms).astype(int).tolist())
 
 
+def distances(affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """How far every voxel lies from the middle of the ball, in mm."""
+    middle = nibabel.affines.apply_affine(affine, (np.array(shape) - 1) / 2) + np.array([1.3, -0.7, 0.4])
+    return np.linalg.norm(nibabel.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1)) - middle, axis=-1)
+
+
 def ball(folder: Path, affine: np.ndarray, shape: tuple[int, ...], sform: int, qform: int) -> dict[str, Path]:
     """FLAIR shows a ball with a soft border, off the centre; T1 a body that fills all but one side of the scan."""
-    middle = nibabel.affines.apply_affine(affine, (np.array(shape) - 1) / 2) + np.array([1.3, -0.7, 0.4])
-    at = nibabel.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
-    values = {"FLAIR": 100 / (1 + np.exp(np.linalg.norm(at - middle, axis=-1) - RADIUS))}
+    values = {"FLAIR": 100 / (1 + np.exp(distances(affine, shape) - RADIUS))}
     values["T1"] = 100 + np.random.default_rng(0).normal(size=shape)
     values["T1"][0] = 0
     files = {}
@@ -381,10 +385,13 @@ def label_of(files: dict[str, Path], output: Path, spacing: tuple[float, ...]) -
     return nibabel.load(output / "label.nii.gz")
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(affines(), st.sampled_from([(1, 1), (4, 0), (0, 2), (2, 3)]), st.floats(1.0, 2.5), st.booleans())
 def test_a_label_lies_on_the_scan_it_was_made_from(tmp_path_factory, geometry, codes, working, slices):
-    """To the voxel as scanned; at a working spacing to a fraction of its voxel. Whatever the scan's affine is."""
+    """To the voxel as scanned; at a working spacing no voxel is another that lies a fifth of a working voxel from the
+
+    ball's surface (a ninth in 500 examples). Whatever the scan's affine is.
+    """
     folder = tmp_path_factory.mktemp("trip")
     affine, shape = geometry
     files = ball(folder, affine, shape, *codes)
@@ -406,4 +413,5 @@ def test_a_label_lies_on_the_scan_it_was_made_from(tmp_path_factory, geometry, c
         else:
             assert 2 * np.sum((found == 7) & truth) / (np.sum(found == 7) + truth.sum()) > 0.95
             apart = np.argwhere(found == 7).mean(0) - np.argwhere(truth).mean(0)
-            assert np.linalg.norm(scan.affine[:3, :3] @ apart) < 0.5 * working
+            assert np.linalg.norm(scan.affine[:3, :3] @ apart) < 0.2 * working
+            assert np.abs(distances(affine, shape) - RADIUS)[(found == 7) != truth].max(initial=0) < 0.2 * working

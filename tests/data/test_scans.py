@@ -24,7 +24,7 @@ def orientations():
     return st.tuples(st.permutations(range(3)), st.tuples(*[st.sampled_from([-1.0, 1.0])] * 3))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(orientations(), arrays(np.int16, (4, 5, 6), elements=st.integers(-50, 50)), st.integers(0, 3))
 def test_round_trip_over_orientations(tmp_path_factory, orientation, values, seed):
     folder = tmp_path_factory.mktemp("trip")
