@@ -68,7 +68,7 @@ def test_rows_are_of_the_cases_that_have_the_modalities_and_know_a_worse_calibra
         zero = np.zeros(case.body.shape)
         return {
             "label": label, "probability": hedged, "probability_raw": p, "error_probability": zero + 0.25,
-            "entropy": zero + 0.5, "seconds": 1.0,
+            "entropy": zero + 0.5, "seconds": 1.0, "trust": {"score": 0.75},
             "conformal": {
                 "dice": None, "volume": {}, "outer_mask": {"lesion": lesion}, "inner_mask": {},
             },
