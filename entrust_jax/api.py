@@ -78,6 +78,13 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
     return values | {section: added | values.get(section, {}) for section, added in ADDED.items()}
 
 
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A config's values by dotted names, {"data.split.fold": 0}."""
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    return {k: v for name, value in tree.items() for k, v in flat(value, f"{prefix}{name}.").items()}
+
+
 def read_config(workdir: Path) -> ConfigDict:
     """The config that a working folder was trained with. Raises UserError when there is none, or no whole one."""
     path = workdir / "config.json"

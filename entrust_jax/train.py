@@ -129,7 +129,7 @@ def check(workdir: Path, config: Any) -> None:
         )
     if path.exists():
         old, values = json.loads(api.read_config(workdir).to_json()), json.loads(config.to_json())
-        then, now = _flat(old), _flat(values)
+        then, now = api.flat(old), api.flat(values)
         changed = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
         # The data may have moved, and what is promised is found anew without training.
         changed = [key for key in changed if key != "data.dir" and not key.startswith("trust.")]
@@ -146,12 +146,6 @@ def claim(workdir: Path, config: Any) -> None:
     logs.write_json(workdir / "config.json", json.loads(config.to_json()))
     if not (workdir / "version.json").exists():  # of the code that trained, not of one that looks on later
         logs.write_json(workdir / "version.json", logs.code_version())
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix.removesuffix("."): tree}
-    return {k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
 
 
 def print_plan(config: Any, stages: list[Stage], programs: dict[str, Compiled], devices: Any, workdir: Path) -> None:

@@ -139,11 +139,7 @@ def trust_suite(config: Any) -> None:
     del config  # the working folder has its own
     from entrust_jax.benchmark import trust
 
-    for name in ("workdir", "output"):
-        if not FLAGS[name].value:
-            raise UserError(f"--{name} is missing: --suite=trust --workdir=FOLDER_OF_A_TRAINING --output=FOLDER")
-    output = Path(FLAGS.output)
-    cli.check_place(output, "--output")
+    output = output_of("trust")
     command = f"python -m entrust_jax.benchmark --suite=trust --workdir=W --output=O --patients={FLAGS.patients}"
     trust.run(Path(one_folder()), output, FLAGS.patients, FLAGS.spoilt, f"{command} --spoilt={FLAGS.spoilt}")
     print((output / "trust.md").read_text())
@@ -156,11 +152,7 @@ def subsets_suite(config: Any) -> None:
     from entrust_jax.benchmark import subsets
     from entrust_jax.runtime import logs
 
-    for name in ("workdir", "output"):
-        if not FLAGS[name].value:
-            raise UserError(f"--{name} is missing: --suite=subsets --workdir=FOLDER_OF_A_TRAINING --output=FOLDER")
-    output = Path(FLAGS.output)
-    cli.check_place(output, "--output")
+    output = output_of("subsets")
     methods = evaluate.load_methods([Path(one_folder())])
     targets = evaluate.common_targets({name: trained.config for name, trained in methods.items()}, "glioma")
     volumes, _ = evaluate.read_volumes(methods, FLAGS.data_dir, FLAGS.split)
@@ -178,11 +170,7 @@ def regions_suite(config: Any) -> None:
     from entrust_jax.benchmark import regions
     from entrust_jax.runtime import logs
 
-    for name in ("workdir", "output"):
-        if not FLAGS[name].value:
-            raise UserError(f"--{name} is missing: --suite=regions --workdir=FOLDER_OF_A_TRAINING --output=FOLDER")
-    output = Path(FLAGS.output)
-    cli.check_place(output, "--output")
+    output = output_of("regions")
     regions.check_new(output)
     methods = evaluate.load_methods([Path(workdir) for workdir in FLAGS.workdir])
     regions.check(methods, FLAGS.split)
@@ -263,6 +251,16 @@ def semisynthetic_suite(config: Any) -> None:
     logs.write_json(output / "semisynthetic.json", about | found | {"rows": rows})
     logs.write_bytes(output / "semisynthetic.md", semisynthetic.table(found).encode())
     print(semisynthetic.table(found))
+
+
+def output_of(suite: str) -> Path:
+    """--output of a suite that writes what it finds in --workdir. Raises UserError where one of them is missing."""
+    for name in ("workdir", "output"):
+        if not FLAGS[name].value:
+            raise UserError(f"--{name} is missing: --suite={suite} --workdir=FOLDER_OF_A_TRAINING --output=FOLDER")
+    output = Path(FLAGS.output)
+    cli.check_place(output, "--output")
+    return output
 
 
 def one_folder() -> str:

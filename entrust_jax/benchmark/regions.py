@@ -63,9 +63,9 @@ def check(methods: Mapping[str, api.Trained], split: str) -> None:
             raise UserError(f"{trained.workdir}: holds a U-Net, which gives no reasons; name a trained EnTrust")
     if others and split == "all":
         raise UserError("--split=all: every folder would predict every case; name one working folder")
-    asked = settings(methods[first].config.to_dict())
+    asked = settings(methods[first])
     for name in others:
-        own = settings(methods[name].config.to_dict())
+        own = settings(methods[name])
         for key in sorted(asked.keys() | own.keys()):
             if own.get(key) != asked.get(key):
                 raise UserError(f"--workdir: {name} and {first} differ in config.{key}; name folds of one training")
@@ -82,13 +82,9 @@ def check_new(folder: Path) -> None:
         raise UserError(f"{folder / TABLE}: is there, and a person may have filled it; name another --output")
 
 
-def settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A config by dotted names, without what the folds of a set differ in."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        found |= settings(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return {name: value for name, value in found.items() if name not in FREE}
+def settings(trained: api.Trained) -> dict[str, Any]:
+    """A folder's config by dotted names, without what the folds of a set differ in."""
+    return {name: value for name, value in api.flat(trained.config.to_dict()).items() if name not in FREE}
 
 
 def regions_of(

@@ -89,7 +89,10 @@ def measure(config: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
 
 
 def trace_of_windows(trained: api.Trained, volume: Volume) -> dict[str, Any]:
-    """What windows leave to be seen in one scan: `seams` and `agreement`, on the working grid."""
+    """What windows leave to be seen in one scan: `seams` and `agreement`, on the working grid.
+
+    Raises UserError for a U-Net, which has no hypotheses, and as `agreement` does.
+    """
     network = trained.network
     if isinstance(network, unet.UNet):
         raise UserError(f"{trained.workdir}: holds a U-Net; seams are those of EnTrust's hypotheses")
@@ -133,7 +136,8 @@ def agreement(trained: api.Trained, network: model.EnTrust, volume: Volume) -> I
 
     sampler: x_t is made from the case's own label, the same for both. difference: mean over the body of the largest
     |difference| over the classes; away: the same over voxels at least an eighth of a window from every plane where some
-    window begins or ends; close: share of these where it is at most CLOSE (ours).
+    window begins or ends; close: share of these where it is at most CLOSE (ours). Raises UserError for a case without a
+    label.
     """
     config = trained.config
     static: Any = {"model": network, "sampler": inference.sampler_of(config), "mesh": trained.mesh}
@@ -153,7 +157,7 @@ def agreement(trained: api.Trained, network: model.EnTrust, volume: Volume) -> I
 
     clean = np.zeros([max(sizes) for sizes in zip(parts.scan["body"].shape, one, strict=True)], np.int32)
     box = tuple(slice(low, low + n) for low, n in zip(parts.low, parts.size, strict=True))
-    clean[inside] = (label if label.ndim == 3 else label[0])[box]
+    clean[inside] = label[box]
     x0 = schedule.scale_onehot(jnp.asarray(clean)[None], network.classes, config.diffusion.b)
     noise = jax.random.normal(key, x0.shape)
 
