@@ -17,7 +17,7 @@ from jaxtyping import Array
 from scipy.special import expit, logit
 
 from entrust_jax.baselines.unet import UNet, over_members
-from entrust_jax.data import pipeline, resampling
+from entrust_jax.data import pipeline, preprocess, resampling
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.data.resampling import Lattice
 from entrust_jax.enfuse.encoder import Evidence
@@ -499,17 +499,21 @@ def finish(
     out = {name: value for name, value in raw.items() if name not in ("action", "border")}
     out |= {"present": volume.present, "error_probability": e}
     evidence: dict[str, Any] = {}
+    shown = preprocess.shown(volume)
     if "conflict" in raw:
         out["conflict"] = raw["conflict"] * volume.body  # outside the body there is nothing to contradict
-        out["cause"] = explanation.cause(e, raw["conflict"], raw["support"], raw["border"], volume.body, volume.present)
+        sampling = [size / min(volume.spacing) for size in volume.spacing] if volumetric else None
+        width = explanation.doubt_width(e, raw["label"], sampling)
+        out["cause"] = explanation.cause(e, raw["conflict"], raw["support"], width, raw["border"], volume.body, shown)
         evidence = {
             "cause": out["cause"],
             "conflict_pairs": raw["kappa_pairs"],
             "support": raw["support"],
+            "unimodal": raw["unimodal"],
             "attribution": raw["attribution"],
             "counterfactual": raw["counterfactual"],
         }
-    found = explanation.records(e, raw["label"], volume.spacing, modalities, classes, volume.present, **evidence)
+    found = explanation.records(e, raw["label"], volume.spacing, modalities, classes, shown, **evidence)
     out["records"] = [record | {"sentence": explanation.sentence(record)} for record in found]
     voxel_ml = float(np.prod(volume.spacing)) / 1000
     out["regions"] = case.volumes(raw.get("hypotheses", raw["label"][None]), regions, voxel_ml)

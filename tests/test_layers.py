@@ -187,3 +187,17 @@ def test_a_coarse_voxel_is_body_if_any_of_its_voxels_is():
     assert [mask.shape for mask in masks] == [(1, 4, 4, 1), (1, 2, 2, 1), (1, 1, 1, 1)]
     for mask, place in zip(masks, ((1, 2), (0, 1), (0, 0)), strict=True):
         assert np.argwhere(np.asarray(mask)[0, ..., 0]).tolist() == [list(place)]
+
+
+@pytest.mark.parametrize("factor", [(2, 2), (1, 2, 2), (4,)])
+def test_smoothing_takes_away_what_repeats_with_the_blocks_and_leaves_a_slope(factor):
+    space = tuple(8 * f for f in factor)
+    inner = (slice(None), *(slice(f, -f) if f > 1 else slice(None) for f in factor))
+    rng = np.random.default_rng(0)
+    pattern = rng.normal(size=(1, *factor, 1)).astype(np.float32)
+    for axis, f in enumerate(factor, 1):  # it differs along folded axes alone
+        pattern = pattern.mean(axis=axis, keepdims=True) if f == 1 else pattern
+    smoothed = layers.smooth(jnp.asarray(np.tile(pattern, (1, *(8,) * len(factor), 1))), factor)[inner]
+    np.testing.assert_allclose(smoothed, pattern.mean(), atol=1e-6)
+    slope = np.broadcast_to(np.arange(space[-1], dtype=np.float32)[:, None], (1, *space, 1))
+    np.testing.assert_allclose(layers.smooth(jnp.asarray(slope), factor)[inner], slope[inner], atol=1e-5)

@@ -93,10 +93,11 @@ def regions_of(
     """Every region of a labelled case, not the ten largest alone, most expected errors first."""
     error, delivered = prediction["error_probability"], prediction["label"]
     records = explanation.records(
-        error, delivered, volume.spacing, modalities, classes, volume.present,
+        error, delivered, volume.spacing, modalities, classes, preprocess.shown(volume),
         cause=prediction["cause"],
         conflict_pairs=prediction["kappa_pairs"],
         support=prediction["support"],
+        unimodal=prediction["unimodal"],
         attribution=prediction["attribution"],
         counterfactual=prediction["counterfactual"],
         largest=error.size,

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from entrust_jax.data import augment as augmentation
-from entrust_jax.data.preprocess import Volume, labels_of
+from entrust_jax.data.preprocess import Volume, labels_of, shown
 from entrust_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -26,15 +26,17 @@ THREADS = 2  # that make batches beside the steps
 class Table:
     """What the sampler knows of the training rows (S with a body, F of them with foreground).
 
-    volume, slice: where each row is (slice 0 for a whole volume). low, high: first and last corner of a patch in it,
-    along each axis. foreground: rows with foreground, grouped by volume; pixels: the lesion pixels inside the body of
-    each of these, of any rater, in the frame of the corners; starts: where each group begins, and the end of the last.
+    volume, slice: where each row is (slice 0 for a whole volume). present: the modalities in it. low, high: first and
+    last corner of a patch in it, along each axis. foreground: rows with foreground, grouped by volume; pixels: the
+    lesion pixels inside the body of each of these, of any rater, in the frame of the corners; starts: where each group
+    begins, and the end of the last.
     """
 
     volumes: tuple[Volume, ...]
     patch: tuple[int, ...]
     volume: Int[np.ndarray, " s"]
     slice: Int[np.ndarray, " s"]
+    present: Bool[np.ndarray, "s m"]
     low: Int[np.ndarray, "s axes"]
     high: Int[np.ndarray, "s axes"]
     foreground: Int[np.ndarray, " f"]
@@ -66,7 +68,7 @@ def rows_of(values: np.ndarray, axes: int) -> np.ndarray:
 def make_table(volumes: Sequence[Volume], patch: Sequence[int]) -> Table:
     """Lists the rows with a body. Raises UserError when there are none or a volume has no label."""
     rows: list[tuple[int, int]] = []
-    boxes = []
+    boxes, present = [], []
     foreground: list[int] = []
     pixels = []
     starts = [0]
@@ -75,6 +77,7 @@ def make_table(volumes: Sequence[Volume], patch: Sequence[int]) -> Table:
             raise UserError(f"{volume.name}: has no label; training needs one for every case")
         bodies = rows_of(volume.body, len(patch))
         lesions = rows_of(np.any(labels_of(volume) > 0, axis=0) & volume.body, len(patch))
+        there = shown(volume).T if len(patch) == 2 else volume.present[None]
         for d, body in enumerate(bodies):
             if not body.any():
                 continue
@@ -82,6 +85,7 @@ def make_table(volumes: Sequence[Volume], patch: Sequence[int]) -> Table:
                 foreground.append(len(rows))
                 pixels.append(np.argwhere(lesions[d]).astype(np.int16))
             rows.append((v, d))
+            present.append(there[d])
             boxes.append(corners(body, patch))
         if len(foreground) > starts[-1]:
             starts.append(len(foreground))
@@ -94,6 +98,7 @@ def make_table(volumes: Sequence[Volume], patch: Sequence[int]) -> Table:
         patch=tuple(int(size) for size in patch),
         volume=index[:, 0],
         slice=index[:, 1],
+        present=np.array(present),
         low=box[:, 0],
         high=box[:, 1],
         foreground=np.array(foreground, int),
@@ -190,7 +195,7 @@ def example(
     axes = len(table.patch)
     whole: Batch = {
         "image": volume.image[:, d] if axes == 2 else volume.image,
-        "present": volume.present.copy(),
+        "present": table.present[row].copy(),
         "label": rows_of(label, axes)[d],
         "body": rows_of(volume.body, axes)[d],
         "coordinates": rows_of(volume.coordinates, axes)[d],
@@ -299,7 +304,7 @@ def evaluation_slices(volume: Volume, *, multiple: int) -> Batch:
     label = np.full(volume.body.shape, -1, np.int32) if volume.label is None else volume.label
     return {
         "image": np.moveaxis(np.pad(volume.image, [(0, 0), *more]), 1, 0),
-        "present": np.broadcast_to(volume.present, (depth, len(volume.present))).copy(),
+        "present": shown(volume).T.copy(),
         "label": np.pad(label, more, constant_values=-1),
         "body": np.pad(volume.body, more),
         "coordinates": np.pad(volume.coordinates, [*more, (0, 0)]),

@@ -66,6 +66,18 @@ def labels_of(volume: Volume) -> Int32[np.ndarray, "r d h w"]:
     return volume.label[None]
 
 
+def shown(volume: Volume) -> Bool[np.ndarray, "m d"]:
+    """Which modalities are there in each slice. One that has a single value all over the slice's body is not: the scan
+
+    ends before the others, or was filled up. A slice without a body has what the case has.
+    """
+    found = np.repeat(volume.present[:, None], len(volume.body), axis=1)
+    for z in np.flatnonzero(volume.body.any(axis=(1, 2))):
+        inside = volume.image[:, z][:, volume.body[z]]
+        found[:, z] &= inside.min(axis=1) < inside.max(axis=1)
+    return found
+
+
 def majority(raters: Int32[np.ndarray, "r *s"], classes: int) -> Int32[np.ndarray, "*s"]:
     """The class that most raters give a voxel, of equals the lowest: half the raters make no lesion. -1 where nobody
 

@@ -1,7 +1,7 @@
 """EnFuse's encoder: a private stem per modality, one shared trunk whose norm is conditioned on the modality.
 
     z_m = Stem_m(x_m)      h_m^s = Trunk_s(z_m; e_m)
-    c_m = LN(W_c h_m)      u_m = W_u[m] h_m      r_m = MLP([h_m, H(p_m), e_m])      p_m = softmax(A c_m + a_m)
+    c_m = LN(W_c h_m)      u_m = W_u[m] h_m      r_m = MLP([h_m, H(p_m), e_m])      p_m = softmax(smooth(A c_m) + a_m)
 
 No operation before `fusion` joins modalities, so each has evidence of its own and any subset can be fused afterwards.
 Equations: ours; the parameter-lean relative of ShaSpec (Wang et al. 2023, arXiv 2307.14126).
@@ -27,6 +27,7 @@ from entrust_jax.layers import (
     depth_to_space,
     layer_norm,
     pool,
+    smooth,
     space_to_depth,
     upsample,
     upsample_linear,
@@ -182,7 +183,10 @@ class Encoder(nn.Module):
                 dropped = nn.Dropout(self.head_dropout, deterministic=not train)(c_s)
                 said = Conv(k * copies, 1, use_bias=False, dtype=jnp.float32, name="unimodal")(dropped)
                 a_m = self.param("unimodal_bias", _per_modality(background_bias(k)), (m, k))
-                logits = depth_to_space(said, f).reshape(b, m, *space, k) + a_m.reshape(1, m, *(1,) * len(space), k)
+                # Each voxel of a folded block has weights of its own: unsmoothed, p_m shows the block's pattern, and
+                # kappa, which opposes the p_m, a chequerboard.
+                said = smooth(depth_to_space(said, f), f)
+                logits = said.reshape(b, m, *space, k) + a_m.reshape(1, m, *(1,) * len(space), k)
             uncertainty = jax.lax.stop_gradient(conflict.entropy(jax.nn.softmax(logits, axis=-1)))
             uncertainty = pool(uncertainty.reshape(b * m, *space, 1), cumulated(self.strides)[s]).astype(h.dtype)
             hidden = Conv(16, 1, name=f"reliability_{s}_features")(h)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
-from jaxtyping import Bool, Float, Int32, UInt8
+from jaxtyping import Bool, Float, Float32, Int32, UInt8
 from scipy import ndimage
 
 NONE, MISSING_INPUT, CONFLICT, IGNORANCE, BOUNDARY, OTHER = range(6)
@@ -12,6 +12,7 @@ CAUSES = ("none", "missing input", "conflict", "ignorance", "boundary", "other")
 CONFLICT_THRESHOLD = 0.1
 SUPPORT_THRESHOLD = 0.1
 BOUNDARY_VOXELS = 2.0
+BAND_VOXELS = 10.0
 ERROR_FLOOR = 0.05
 REVIEW_THRESHOLD = 0.2  # error probability from which a voxel is up for review
 MINIMUM_VOXELS = 5
@@ -23,37 +24,69 @@ THRESHOLDS = {
     "cause_conflict": CONFLICT_THRESHOLD,
     "cause_support": SUPPORT_THRESHOLD,
     "cause_boundary_voxels": BOUNDARY_VOXELS,
+    "cause_band_voxels": BAND_VOXELS,
 }
+
+
+def doubt_width(
+    error_probability: Float[np.ndarray, "d h w"],
+    label: UInt8[np.ndarray, "d h w"],
+    sampling: Sequence[float] | None,
+) -> Float32[np.ndarray, "d h w"]:
+    """How wide the doubt is at a voxel: the way to the nearest voxel that is surely (e <= .05) of one class, plus that
+    to the nearest that is surely of another; infinite where one is missing (ours).
+
+    The outline between two tissues is in doubt along a band with sure voxels on both sides. Where it is the tissue
+    itself, one side is missing or far. sampling: length of a voxel along D, H, W; None: the ways stay in their slice.
+    """
+    unsure = error_probability > ERROR_FLOOR
+    nearest = np.full((2, *label.shape), np.inf, np.float32)
+    for k in np.unique(label):
+        away = unsure | (label != k)
+        if sampling is not None:
+            distance = ndimage.distance_transform_edt(away, sampling)
+        else:
+            distance = np.full(label.shape, np.inf, np.float32)
+            for z in np.flatnonzero(unsure.any(axis=(1, 2)) & ~away.all(axis=(1, 2))):
+                distance[z] = ndimage.distance_transform_edt(away[z])
+        nearest[1] = np.minimum(nearest[1], np.maximum(nearest[0], distance))
+        nearest[0] = np.minimum(nearest[0], distance)
+    return nearest.sum(axis=0)
 
 
 def cause(
     error_probability: Float[np.ndarray, "d h w"],
     conflict: Float[np.ndarray, "d h w"],
     support: Float[np.ndarray, "m d h w k"],
+    width: Float[np.ndarray, "d h w"],
     boundary_distance: Float[np.ndarray, "d h w"],
     body: Bool[np.ndarray, "d h w"],
-    present: Bool[np.ndarray, "m"],
+    shown: Bool[np.ndarray, "m d"],
 ) -> UInt8[np.ndarray, "d h w"]:
     """The first cause that applies to each voxel of the body that may well be wrong, e > .05; 0 elsewhere
-    (ours).
+    (ours). In this order, with their codes:
 
-        1 missing input  no present modality supports any class (every s_mk <= .1) and the case lacks a
-        modality 2 conflict       kappa > .1
+        4 boundary       the doubt is at most 10 voxels wide (`doubt_width`)
+        1 missing input  no modality that is there supports any class (every s_mk <= .1), and one is not there
+        2 conflict       kappa > .1
         3 ignorance      as 1, with every modality there
-        4 boundary       within 2 voxels of the delivered mask's border (`boundary_distance` in pixels, signed
-                         or not)
+        4 boundary       within 2 voxels of the delivered mask's border (`boundary_distance`, signed or not)
         5 other
 
-    A voxel that is almost surely right (e <= .05) needs no reason and gets 0, as does all outside the body.
+    shown: the modalities that are there, slice by slice (`preprocess.shown`). Scans that draw one outline a little
+    differently contradict each other along it: that is a doubt of the outline, hence the first rule. A voxel that is
+    almost surely right needs no reason and gets 0, as does all outside the body.
     """
-    silent = np.all(support[present] <= SUPPORT_THRESHOLD, axis=(0, -1))
+    there = shown[:, :, None, None]
+    silent = np.all((support.max(axis=-1) <= SUPPORT_THRESHOLD) | ~there, axis=0)
     conditions = [
-        silent & (not present.all()),
+        width <= BAND_VOXELS,
+        silent & ~there.all(axis=0),
         conflict > CONFLICT_THRESHOLD,
         silent,
         np.abs(boundary_distance) <= BOUNDARY_VOXELS,
     ]
-    codes = np.select(conditions, [MISSING_INPUT, CONFLICT, IGNORANCE, BOUNDARY], OTHER)
+    codes = np.select(conditions, [BOUNDARY, MISSING_INPUT, CONFLICT, IGNORANCE, BOUNDARY], OTHER)
     return np.where(body & (error_probability > ERROR_FLOOR), codes, NONE).astype(np.uint8)
 
 
@@ -61,7 +94,7 @@ def _per_modality(values: Sequence[float], modalities: Sequence[str], present: n
     return {name: float(v) for name, v, here in zip(modalities, values, present, strict=True) if here}
 
 
-def _evidence(inside: tuple, conflict_pairs, support, modalities, classes, present) -> dict:
+def _evidence(inside: tuple, conflict_pairs, support, unimodal, modalities, classes, present) -> dict:
     """The dominant pair and the votes in one component, `inside` being its index arrays."""
     pairs = [
         (float(value[inside].mean()), float(value[inside].max()), modalities[m], modalities[n])
@@ -74,8 +107,14 @@ def _evidence(inside: tuple, conflict_pairs, support, modalities, classes, prese
         if present[m]:
             strength = support[m][inside].mean(0)
             k = int(strength.argmax())
-            shown = strength[k] > SUPPORT_THRESHOLD
-            votes[name] = {"class": classes[k] if shown else None, "strength": float(strength[k])}
+            posterior = unimodal[m][inside].mean(0)
+            alone = int(posterior.argmax())
+            votes[name] = {
+                "class": classes[k] if strength[k] > SUPPORT_THRESHOLD else None,
+                "strength": float(strength[k]),
+                "alone": classes[alone],
+                "probability": float(posterior[alone]),
+            }
     pair = None
     if strongest is not None and strongest[1] > CONFLICT_THRESHOLD:
         pair = {
@@ -99,26 +138,28 @@ def records(
     spacing: Sequence[float],
     modalities: Sequence[str],
     classes: Sequence[str],
-    present: Bool[np.ndarray, "m"],
+    shown: Bool[np.ndarray, "m d"],
     cause: UInt8[np.ndarray, "d h w"] | None = None,
     conflict_pairs: Float[np.ndarray, "p d h w"] | None = None,
     support: Float[np.ndarray, "m d h w k"] | None = None,
+    unimodal: Float[np.ndarray, "m d h w k"] | None = None,
     attribution: Float[np.ndarray, "m d h w"] | None = None,
     counterfactual: UInt8[np.ndarray, "m d h w"] | None = None,
     largest: int = 10,
 ) -> list[dict]:
     """One record per component of at least 5 voxels (`components`), most expected errors first.
 
-    Arguments after `present` that a method lacks are None (conflict_pairs and support come together), and the
+    Arguments after `shown` that a method lacks are None (conflict_pairs, support and unimodal come together), and the
     parts of the record made from them are missing. Pairs are in the order of itertools.combinations; spacing
-    is in mm.
+    is in mm; what a region says of modalities is of those `shown` in the slice of its place.
 
     Keys: index; place {"slice", "row", "column"} (the component's voxel nearest to its centre of error, array
     indices D, H, W); voxels, volume_ml; expected_error_ml (sum of e times the voxel's volume); mean_error,
     max_error; delivered (the commonest class of the mask there), delivered_ml (its foreground there); missing
     (names of absent modalities); cause and cause_shares; pair (the pair with the largest mean kappa, None
-    when kappa stays below .1); votes {modality: {"class" or None when it shows nothing, "strength" mean
-    support}}; attribution {modality: mean phi, nats}; blame (argmin phi over the present, None with fewer
+    when kappa stays below .1); votes {modality: {"class", what it supports beyond the base rate of the place, or
+    None, "strength", its mean support, "alone", what it would say if it were the only scan, "probability", its mean
+    posterior of that}}; attribution {modality: mean phi, nats}; blame (argmin phi over the present, None with fewer
     than two); counterfactual {modality: {"region_ml", "total_ml"}}: foreground in the component and in the
     scan if only that modality were right. Everything is plain Python, ready for JSON.
     """
@@ -143,6 +184,7 @@ def records(
         centre = (e[:, None] * position).sum(0) / e.sum()
         distance = (((position - centre[None]) * np.asarray(spacing)[None]) ** 2).sum(1)
         place = position[int(distance.argmin())]
+        present = shown[:, place[0]]
         delivered = label[inside]
         record = {
             "index": index,
@@ -160,8 +202,8 @@ def records(
             shares = np.bincount(cause[inside], minlength=len(CAUSES)) / sizes[i]
             record["cause"] = CAUSES[int(shares[1:].argmax()) + 1] if shares[1:].any() else CAUSES[NONE]
             record["cause_shares"] = {CAUSES[c]: float(shares[c]) for c in np.flatnonzero(shares)}
-        if conflict_pairs is not None and support is not None:
-            record |= _evidence(inside, conflict_pairs, support, modalities, classes, present)
+        if conflict_pairs is not None and support is not None and unimodal is not None:
+            record |= _evidence(inside, conflict_pairs, support, unimodal, modalities, classes, present)
         if attribution is not None:
             phi = [float(a[inside].mean()) for a in attribution]
             phi_of = record["attribution"] = _per_modality(phi, modalities, present)
@@ -182,15 +224,20 @@ def _join(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+def _vote(name: str, vote: dict) -> str:
+    if not vote["class"]:
+        return f"{name} says no more than the place"
+    less = "" if vote["class"] == vote["alone"] else ", less than the place"
+    return f"{name} says {vote['alone']} ({vote['probability']:.2f}{less})"
+
+
 def _reason(record: dict) -> str:
     votes = record.get("votes", {})
-    shown = [f"{name} shows {vote['class']} ({vote['strength']:.2f})" for name, vote in votes.items() if vote["class"]]
-    silent = [name for name, vote in votes.items() if not vote["class"]]
-    says = _join(shown + ([f"{_join(silent)} {'show' if len(silent) > 1 else 'shows'} nothing"] if silent else []))
+    says = "alone, " + _join([_vote(name, vote) for name, vote in votes.items()]) if votes else ""
     kind = record.get("cause", "none")
     if kind == "missing input":
         verb = "is" if len(record["missing"]) == 1 else "are"
-        return f"{_join(record['missing'])} {verb} missing and the other scans show nothing clear here"
+        return f"{_join(record['missing'])} {verb} missing here and the other scans show nothing clear"
     if kind == "conflict":
         between = f"{_join(record['pair']['modalities'])} contradict each other" if record.get("pair") else ""
         return ": ".join(part for part in (between or "the scans contradict each other", says) if part)

@@ -49,7 +49,8 @@ def case(name, missing=False):
     attribution[1] = -0.25
     prediction = {
         "label": delivered, "error_probability": error, "conflict": kappa, "cause": codes, "kappa_pairs": kappa[None],
-        "support": np.full((2, *SHAPE, 2), 0.3, np.float32), "attribution": attribution,
+        "support": np.full((2, *SHAPE, 2), 0.3, np.float32), "unimodal": np.full((2, *SHAPE, 2), 0.5, np.float32),
+        "attribution": attribution,
         "counterfactual": np.stack([delivered, 0 * delivered]),
     }  # fmt: skip
     return dataclasses.replace(volume, name=name, patient=name, label=true), prediction

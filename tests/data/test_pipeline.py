@@ -277,6 +277,21 @@ def test_errors_for_people(volumes):
         make(volumes, foreground_share=1.0)
 
 
+def test_a_modality_is_missing_from_the_slices_in_which_it_shows_nothing(volumes):
+    image = volumes[0].image.copy()
+    image[1, 2] = np.where(volumes[0].body[2], -0.7, 0)
+    ended = dataclasses.replace(volumes[0], image=image)
+    batch = pipeline.evaluation_slices(ended, multiple=4)
+    assert batch["present"][:, 1].tolist() == [True, True, False, True, True] and batch["present"][:, 0].all()
+    table = pipeline.make_table([ended], (8, 8))
+    rows = [pipeline.example(i, table=table, seed=0, share=0.0, augment=False) for i in range(20)]
+    assert {bool(row["present"][1]) for row in rows if row["slice"] == 2} == {False}
+    assert all(row["present"].all() for row in rows if row["slice"] != 2)
+    # A patch of a volume has all of it.
+    deep = pipeline.example(0, table=pipeline.make_table([ended], (4, 8, 8)), seed=0, share=0.0, augment=False)
+    assert deep["present"].all()
+
+
 def test_evaluation_slices_crop_and_chunks(volumes):
     v = volumes[0]
     batch = pipeline.evaluation_slices(v, multiple=8)

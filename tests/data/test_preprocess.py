@@ -418,6 +418,25 @@ def test_a_modality_that_covers_little_of_the_body_is_told(tmp_path):
     assert read(make_case(tmp_path)).warnings == ()
 
 
+def test_a_scan_that_ends_is_missing_in_the_slices_beyond(tmp_path):
+    """Of five slices T1 was measured in three; another scan may be filled up with one value."""
+    rng = np.random.default_rng(0)
+    t1 = rng.normal(200, 20, (12, 12, 3)).astype(np.float32)
+    flair = rng.normal(200, 20, (12, 12, 5)).astype(np.float32)
+    case = read(make_case(tmp_path, t1=t1, flair=flair))
+    assert case.present.all() and case.body.any(axis=(1, 2)).all()
+    ends = preprocess.shown(case)
+    assert sorted(ends.tolist()) == [[True, True, True, False, False], [True] * 5]
+    filled, other = int(np.flatnonzero(ends.all(axis=1))[0]), int(np.flatnonzero(~ends.all(axis=1))[0])
+    image, body = case.image.copy(), case.body.copy()
+    image[filled, 0], body[4] = np.where(body[0], -0.7, 0), False
+    changed = dataclasses.replace(case, image=image, body=body)
+    assert preprocess.shown(changed)[filled].tolist() == [False, True, True, True, True]
+    assert preprocess.shown(changed)[other].tolist() == [True, True, True, False, True]  # without a body: as the case
+    lacking = dataclasses.replace(changed, present=np.arange(2) == filled)
+    assert not preprocess.shown(lacking)[other].any()
+
+
 def test_a_copy_counts_as_missing_where_the_config_says_so(tmp_path):
     same = make_case(tmp_path, t1=head(seed=1), flair=head(seed=1))
     kept, dropped = read(same), read(same, drop_copies=True)

@@ -51,9 +51,11 @@ def make_case(modalities, classes, *, missing=(), full=True, empty=False, spacin
             made["cause"],
             np.stack([error] * pairs) if pairs else np.zeros((0, *SHAPE), np.float32),
             support,
+            support,
             made["attribution"],
         ]
-    made["records"] = explanation.records(error, label, spacing, modalities, classes, present, *evidence)
+    shown = np.repeat(present[:, None], SHAPE[0], axis=1)
+    made["records"] = explanation.records(error, label, spacing, modalities, classes, shown, *evidence)
     return made, volume
 
 

@@ -75,7 +75,7 @@ def make_prediction(volume: preprocess.Volume, stored: np.ndarray, *, full: bool
         "entropy": entropy,
         "predicted_dice": float("nan"),
         "regions": {"whole": {"volume_ml": float((label > 0).sum() * 0.009), "interval": None}},
-        "records": explanation.records(error, label, volume.spacing, MODALITIES, CLASSES, volume.present),
+        "records": explanation.records(error, label, volume.spacing, MODALITIES, CLASSES, preprocess.shown(volume)),
         "seconds": 1.5,
     }
     if full:
@@ -85,7 +85,8 @@ def make_prediction(volume: preprocess.Volume, stored: np.ndarray, *, full: bool
         support[0, ..., 0], support[1, ..., 1] = 0.6, 0.8
         pairs = np.stack([conflict for _ in combinations(MODALITIES, 2)])
         distance = np.full(label.shape, 5.0, np.float32)
-        cause = explanation.cause(error, conflict, support, distance, volume.body, volume.present)
+        wide, shown = np.full(label.shape, np.inf), preprocess.shown(volume)
+        cause = explanation.cause(error, conflict, support, wide, distance, volume.body, shown)
         attribution = np.stack([-0.3 * conflict, conflict])
         made |= {
             "hypotheses": hypotheses,
@@ -102,9 +103,10 @@ def make_prediction(volume: preprocess.Volume, stored: np.ndarray, *, full: bool
                 volume.spacing,
                 MODALITIES,
                 CLASSES,
-                volume.present,
+                shown,
                 cause,
                 pairs,
+                support,
                 support,
                 attribution,
             ),

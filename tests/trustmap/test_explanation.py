@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from entrust_jax.trustmap import explanation
-from entrust_jax.trustmap.explanation import cause, records, sentence
+from entrust_jax.trustmap.explanation import cause, doubt_width, records, sentence
 
 SHAPE = (4, 12, 12)
 MODALITIES, CLASSES = ("T1", "FLAIR", "T1ce"), ("background", "lesion")
@@ -32,12 +32,17 @@ def scan():
 
 def run(present=(True, True, False), **changes):
     error, label, support, pairs, attribution, counterfactual = scan()
-    here = np.array(present)
-    codes = cause(error, pairs.max(0), support, np.full(SHAPE, 9.0), np.ones(SHAPE, bool), here)
+    here = np.repeat(np.array(present)[:, None], SHAPE[0], axis=1)
+    wide = np.full(SHAPE, np.inf)
+    codes = cause(error, pairs.max(0), support, wide, np.full(SHAPE, 9.0), np.ones(SHAPE, bool), here)
+    # By itself every scan says what the place says, background: but for FLAIR, which outweighs the place.
+    unimodal = np.stack([np.full(SHAPE, 0.9), np.full(SHAPE, 0.1)], axis=-1)[None].repeat(3, axis=0)
+    unimodal[1] = np.where(support[1, ..., 1:] > 0, [0.3, 0.7], unimodal[1])
     arguments = {
         "cause": codes,
         "conflict_pairs": pairs,
         "support": support,
+        "unimodal": unimodal,
         "attribution": attribution,
         "counterfactual": counterfactual,
     } | changes
@@ -45,28 +50,52 @@ def run(present=(True, True, False), **changes):
 
 
 def test_cause_precedence():
-    shape = (1, 1, 7)
-    kappa = np.array([0.5, 0.5, 0.0, 0.0, 0.0, 0.5, 0.5]).reshape(shape)
+    shape = (1, 1, 9)
+    kappa = np.array([0.5, 0.5, 0.0, 0.0, 0.0, 0.5, 0.5, 0.5, 0.0]).reshape(shape)
     support = np.zeros((2, *shape, 2))
-    support[0, 0, 0, :, 1] = [0.9, 0.05, 0.05, 0.9, 0.9, 0.9, 0.9]
-    distance = np.array([1, 1, 1, -1.5, 5, 1, 1.0]).reshape(shape)
-    body = np.array([1, 1, 1, 1, 1, 0, 1], bool).reshape(shape)
-    error = np.array([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.01]).reshape(shape)
-    both = cause(error, kappa, support, distance, body, np.array([True, True]))
-    assert both.ravel().tolist() == [2, 2, 3, 4, 5, 0, 0]
-    lacking = cause(error, kappa, support, distance, body, np.array([True, False]))
-    assert lacking.ravel().tolist() == [2, 1, 1, 4, 5, 0, 0]
+    support[0, 0, 0, :, 1] = [0.9, 0.05, 0.05, 0.9, 0.9, 0.9, 0.9, 0.9, 0.05]
+    distance = np.array([1, 1, 1, -1.5, 5, 1, 1, 5, 5.0]).reshape(shape)
+    width = np.array([11, np.inf, 11, 11, 11, 1, 1, 10, 10.0]).reshape(shape)
+    body = np.array([1, 1, 1, 1, 1, 0, 1, 1, 1], bool).reshape(shape)
+    error = np.array([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.01, 0.5, 0.5]).reshape(shape)
+
+    def found(*shown: bool) -> list[int]:
+        return cause(error, kappa, support, width, distance, body, np.array(shown)[:, None]).ravel().tolist()
+
+    assert found(True, True) == [2, 2, 3, 4, 5, 0, 0, 4, 4]
+    assert found(True, False) == [2, 1, 1, 4, 5, 0, 0, 4, 4]
     # what an absent modality would have said does not count
     support[1] = 0.9
-    assert cause(error, kappa, support, distance, body, np.array([True, False])).ravel().tolist() == [
-        2,
-        1,
-        1,
-        4,
-        5,
-        0,
-        0,
-    ]
+    assert found(True, False) == [2, 1, 1, 4, 5, 0, 0, 4, 4]
+
+
+def test_a_modality_that_ends_is_missing_where_it_ends():
+    shape = (2, 1, 2)
+    support = np.zeros((2, *shape, 2))
+    far = np.full(shape, np.inf)
+    codes = cause(np.full(shape, 0.5), np.zeros(shape), support, far, far, far > 0, np.array([[1, 1], [1, 0]], bool))
+    assert codes[:, 0, 0].tolist() == [explanation.IGNORANCE, explanation.MISSING_INPUT]
+
+
+def test_a_band_of_doubt_has_a_width_and_an_island_has_none():
+    error, label = np.zeros((2, 1, 20)), np.zeros((2, 1, 20), np.uint8)
+    label[0, 0, 10:] = 1
+    error[0, 0, 7:13] = 0.3  # between columns 6 and 13, seven apart
+    error[1, 0, 7:13] = 0.3  # with nothing but background around
+    found = doubt_width(error, label, None)
+    np.testing.assert_array_equal(found[0, 0, 6:14], 7)
+    assert np.isinf(found[1]).all()
+    # In a volume the way may lead to the other slice, 3 voxels away: columns 7 to 9 are one to three from column 6.
+    deep = doubt_width(error, label, (3.0, 1.0, 1.0))
+    assert deep[0, 0, 7] == 7 and np.isfinite(deep[1]).all()
+    np.testing.assert_allclose(deep[1, 0, 13], 3, rtol=1e-6)  # itself of one class, three from the other
+
+
+def test_three_classes_count_by_the_nearest_two():
+    error, label = np.zeros((1, 1, 12)), np.zeros((1, 1, 12), np.uint8)
+    label[0, 0, 4:8], label[0, 0, 8:] = 1, 2
+    error[0, 0, 7:9] = 0.3
+    np.testing.assert_array_equal(doubt_width(error, label, None)[0, 0, 6:10], 3)
 
 
 def test_records_of_a_scan():
@@ -82,6 +111,8 @@ def test_records_of_a_scan():
     assert first["pair"]["modalities"] == ["T1", "FLAIR"]
     assert first["votes"]["T1"]["class"] == "background" and first["votes"]["FLAIR"]["class"] == "lesion"
     np.testing.assert_allclose(first["votes"]["FLAIR"]["strength"], 0.9, rtol=1e-5)
+    assert first["votes"]["FLAIR"]["alone"] == "lesion"
+    np.testing.assert_allclose(first["votes"]["FLAIR"]["probability"], 0.7, rtol=1e-5)
     # the absent T1ce has the smallest phi and must not be blamed
     assert first["blame"] == "T1" and set(first["attribution"]) == {"T1", "FLAIR"}
     assert first["counterfactual"]["T1"] == {"region_ml": 0.0, "total_ml": 0.0}
@@ -99,29 +130,33 @@ def test_sentences_say_what_the_record_holds():
         "41 %",
         "70 %",
         "T1 and FLAIR contradict each other",
-        "FLAIR shows lesion (0.90)",
+        "alone, T1 says background (0.90) and FLAIR says lesion (0.70)",
     ):
         assert part in text
     assert "T1 argues most against the delivered label (-0.40 nats)" in text
     assert "0.00 ml if only T1 is right" in text
-    assert "T1ce is missing" in sentence(second)
+    assert "T1ce is missing here" in sentence(second)
+    first["votes"]["T1"]["class"] = "lesion"
+    assert "T1 says background (0.90, less than the place) and FLAIR" in sentence(first)
+    first["votes"]["T1"]["class"] = None
+    assert "T1 says no more than the place and FLAIR says lesion (0.70)" in sentence(first)
     complete = run(present=(True, True, True))
     assert complete[0]["blame"] == "T1ce" and "no scan shows anything clear" in sentence(complete[1])
 
 
 def test_records_without_conflict_maps_and_limits():
-    plain = run(cause=None, conflict_pairs=None, support=None, attribution=None, counterfactual=None)
+    plain = run(cause=None, conflict_pairs=None, support=None, unimodal=None, attribution=None, counterfactual=None)
     assert len(plain) == 2 and "votes" not in plain[0] and "Reason" not in sentence(plain[0])
     assert len(run(largest=1)) == 1
     alone = run(present=(False, True, False))
     assert alone[0]["blame"] is None and alone[0]["pair"] is None
-    assert sentence(alone[1]).count("T1 and T1ce are missing") == 1
+    assert sentence(alone[1]).count("T1 and T1ce are missing here") == 1
 
 
 def test_only_what_is_above_the_threshold_of_a_review_is_a_region():
     error, label, *_ = scan()
     for scale, expected in ((1.0, [32, 8]), (0.6, [32]), (0.2, [])):  # of .4, .3 and less than 5 voxels of more
-        found = records(scale * error, label, (1.0, 1.0, 1.0), MODALITIES, CLASSES, np.ones(3, bool))
+        found = records(scale * error, label, (1.0, 1.0, 1.0), MODALITIES, CLASSES, np.ones((3, SHAPE[0]), bool))
         assert [r["voxels"] for r in found] == expected
 
 
@@ -129,6 +164,6 @@ def test_components_are_three_dimensional():
     error = np.zeros((3, 4, 4), np.float32)
     for d in range(3):
         error[d, d : d + 2, d : d + 2] = 0.5
-    found = records(error, np.zeros((3, 4, 4), np.uint8), (1.0, 1.0, 1.0), ("T1",), CLASSES, np.array([True]))
+    found = records(error, np.zeros((3, 4, 4), np.uint8), (1.0, 1.0, 1.0), ("T1",), CLASSES, np.ones((1, 3), bool))
     assert [r["voxels"] for r in found] == [12]
     assert explanation.CAUSES[explanation.CONFLICT] == "conflict"
