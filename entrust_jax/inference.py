@@ -503,8 +503,8 @@ def finish(
     if "conflict" in raw:
         out["conflict"] = raw["conflict"] * volume.body  # outside the body there is nothing to contradict
         sampling = [size / min(volume.spacing) for size in volume.spacing] if volumetric else None
-        width = explanation.doubt_width(e, raw["label"], sampling)
-        out["cause"] = explanation.cause(e, raw["conflict"], raw["support"], width, raw["border"], volume.body, shown)
+        outline = explanation.outline_distance(e, raw["label"], sampling)
+        out["cause"] = explanation.cause(e, raw["conflict"], raw["support"], outline, raw["border"], volume.body, shown)
         evidence = {
             "cause": out["cause"],
             "conflict_pairs": raw["kappa_pairs"],

@@ -6,6 +6,7 @@ python -m entrust_jax.benchmark --suite=compile --config=configs/brats.py --outp
 python -m entrust_jax.benchmark --suite=trust --workdir=W --output=O [--patients=512] [--spoilt=64]
 python -m entrust_jax.benchmark --suite=subsets --workdir=W --output=O [--data_dir=D] [--split=test|all]
 python -m entrust_jax.benchmark --suite=regions --workdir=W[,W2,...] --output=O [--data_dir=D] [--split=test|all]
+python -m entrust_jax.benchmark --suite=causes --workdir=W --output=O [--cases=N]
 python -m entrust_jax.benchmark --suite=conflict --workdir=W[,U,...] [--output=O] [--slices=N] [--hypotheses=N]
 python -m entrust_jax.benchmark --suite=semisynthetic --config=C --config.data.dir=D --output=O [--slices=N]
 python -m entrust_jax.benchmark --suite=semisynthetic --workdir=W [--hypotheses=N]
@@ -22,6 +23,7 @@ test patients, and predicts its Dice. Writes trust.json and trust.md.
 subsets: masks, calibration and guarantees of a trained model on its test cases from every subset of their modalities.
 regions: what a trained EnTrust calls doubtful in its test cases, beside the truth: a sheet of ten regions for the eye,
 sums over all of them by cause. Several W: folds of one set.
+causes: whether an EnTrust trained on a phantom gives the reasons that the phantom planted.
 conflict: whether the uncertainty of a trained EnTrust, W, follows conflict injected into one modality of its test
 cases; the same figures of the U-Nets, with dropout or without, and the ensembles named after it.
 semisynthetic: makes a set of D's scans, in which each modality shows or hides a lesion with known --reliability, to be
@@ -65,6 +67,7 @@ def main(argv: Sequence[str]) -> None:
         "trust": trust_suite,
         "subsets": subsets_suite,
         "regions": regions_suite,
+        "causes": causes_suite,
         "conflict": conflict_suite,
         "semisynthetic": semisynthetic_suite,
     }
@@ -186,6 +189,21 @@ def regions_suite(config: Any) -> None:
     print((output / "regions.md").read_text())
 
 
+def causes_suite(config: Any) -> None:
+    """Writes causes.json and causes.md into --output, and prints the latter."""
+    del config
+    from entrust_jax import api
+    from entrust_jax.benchmark import causes
+    from entrust_jax.runtime import logs
+
+    output = output_of("causes")
+    trained = api.load(one_folder())
+    causes.check(trained)
+    about = {"command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]])}
+    causes.run(trained, FLAGS.cases, output, about | {"code_version": logs.code_version()})
+    print((output / "causes.md").read_text())
+
+
 def conflict_suite(config: Any) -> None:
     """Writes conflict.json, conflict.md and conflict.png into --output, by default W/conflict."""
     del config
@@ -272,7 +290,7 @@ def one_folder() -> str:
 
 if __name__ == "__main__":
     names = ["phantom", "steps", "latency", "volume", "compile", "trust", "subsets", "regions"]
-    names += ["conflict", "semisynthetic"]
+    names += ["causes", "conflict", "semisynthetic"]
     flags.DEFINE_enum("suite", "phantom", names, "What to measure.")
     flags.DEFINE_list("shape", ["155", "240", "240"], "volume: voxels of the scan along D, H, W.")
     flags.DEFINE_string("output", None, "Folder for the results, or for the set.")
@@ -290,7 +308,7 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("data_dir", None, "Folder of labelled scans, or of the set; the one trained on if left out.")
     flags.DEFINE_enum("split", "test", ["test", "all"], "Held-out test cases, or every labelled case.")
-    flags.DEFINE_integer("cases", 0, "conflict: so many cases, evenly spaced; 0 means all.", lower_bound=0)
+    flags.DEFINE_integer("cases", 0, "causes, conflict: so many cases; 0 means all.", lower_bound=0)
     flags.DEFINE_integer(
         "slices", None, f"Slices of a scan that are changed; conflict: {SLICES}, semisynthetic: all if left out.",
         lower_bound=1,

@@ -102,7 +102,7 @@ def regions_of(
         counterfactual=prediction["counterfactual"],
         largest=error.size,
     )  # fmt: skip
-    numbered = explanation.components(error)
+    numbered = explanation.components(error, prediction["cause"])
     raters = preprocess.labels_of(volume)
     known = np.mean(raters >= 0, axis=0)
     wrong = np.mean((raters >= 0) & (raters != delivered), axis=0)

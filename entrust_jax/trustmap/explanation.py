@@ -12,7 +12,7 @@ CAUSES = ("none", "missing input", "conflict", "ignorance", "boundary", "other")
 CONFLICT_THRESHOLD = 0.1
 SUPPORT_THRESHOLD = 0.1
 BOUNDARY_VOXELS = 2.0
-BAND_VOXELS = 10.0
+OUTLINE_VOXELS = 5.0
 ERROR_FLOOR = 0.05
 REVIEW_THRESHOLD = 0.2  # error probability from which a voxel is up for review
 MINIMUM_VOXELS = 5
@@ -24,41 +24,39 @@ THRESHOLDS = {
     "cause_conflict": CONFLICT_THRESHOLD,
     "cause_support": SUPPORT_THRESHOLD,
     "cause_boundary_voxels": BOUNDARY_VOXELS,
-    "cause_band_voxels": BAND_VOXELS,
+    "cause_outline_voxels": OUTLINE_VOXELS,
 }
 
 
-def doubt_width(
+def outline_distance(
     error_probability: Float[np.ndarray, "d h w"],
     label: UInt8[np.ndarray, "d h w"],
     sampling: Sequence[float] | None,
 ) -> Float32[np.ndarray, "d h w"]:
-    """How wide the doubt is at a voxel: the way to the nearest voxel that is surely (e <= .05) of one class, plus that
-    to the nearest that is surely of another; infinite where one is missing (ours).
+    """Way to the outline of the nearest thing that is surely there: a 3-D component (26 neighbours) of one class of
+    the delivered mask with a voxel that is almost surely right (e <= .05). 1 beside the outline, infinite without one;
+    ours.
 
-    The outline between two tissues is in doubt along a band with sure voxels on both sides. Where it is the tissue
-    itself, one side is missing or far. sampling: length of a voxel along D, H, W; None: the ways stay in their slice.
+    sampling: length of a voxel along D, H, W; None: the ways stay in their slice.
     """
-    unsure = error_probability > ERROR_FLOOR
-    nearest = np.full((2, *label.shape), np.inf, np.float32)
-    for k in np.unique(label):
-        away = unsure | (label != k)
-        if sampling is not None:
-            distance = ndimage.distance_transform_edt(away, sampling)
-        else:
-            distance = np.full(label.shape, np.inf, np.float32)
-            for z in np.flatnonzero(unsure.any(axis=(1, 2)) & ~away.all(axis=(1, 2))):
-                distance[z] = ndimage.distance_transform_edt(away[z])
-        nearest[1] = np.minimum(nearest[1], np.maximum(nearest[0], distance))
-        nearest[0] = np.minimum(nearest[0], distance)
-    return nearest.sum(axis=0)
+    nearest = np.full(label.shape, np.inf, np.float32)
+    for k in range(1, int(label.max()) + 1):
+        numbered, _ = ndimage.label(label == k, structure=np.ones((3, 3, 3)))
+        sure = np.unique(numbered[error_probability <= ERROR_FLOOR])
+        found = np.isin(numbered, sure[sure > 0])
+        for part in [slice(None)] if sampling is not None else np.flatnonzero(found.any(axis=(1, 2))):
+            inside = found[part]
+            if inside.any() and not inside.all():
+                sides = [ndimage.distance_transform_edt(one, sampling) for one in (inside, ~inside)]
+                nearest[part] = np.minimum(nearest[part], np.maximum(*sides))
+    return nearest
 
 
 def cause(
     error_probability: Float[np.ndarray, "d h w"],
     conflict: Float[np.ndarray, "d h w"],
     support: Float[np.ndarray, "m d h w k"],
-    width: Float[np.ndarray, "d h w"],
+    outline: Float[np.ndarray, "d h w"],
     boundary_distance: Float[np.ndarray, "d h w"],
     body: Bool[np.ndarray, "d h w"],
     shown: Bool[np.ndarray, "m d"],
@@ -66,7 +64,7 @@ def cause(
     """The first cause that applies to each voxel of the body that may well be wrong, e > .05; 0 elsewhere
     (ours). In this order, with their codes:
 
-        4 boundary       the doubt is at most 10 voxels wide (`doubt_width`)
+        4 boundary       within 5 voxels of the outline of something that is surely there (`outline_distance`)
         1 missing input  no modality that is there supports any class (every s_mk <= .1), and one is not there
         2 conflict       kappa > .1
         3 ignorance      as 1, with every modality there
@@ -74,13 +72,14 @@ def cause(
         5 other
 
     shown: the modalities that are there, slice by slice (`preprocess.shown`). Scans that draw one outline a little
-    differently contradict each other along it: that is a doubt of the outline, hence the first rule. A voxel that is
-    almost surely right needs no reason and gets 0, as does all outside the body.
+    differently contradict each other along it: that is a doubt of the outline, hence the first rule; where the thing
+    itself is in doubt nothing of it is sure. A voxel that is almost surely right needs no reason and gets 0, as does
+    all outside the body.
     """
     there = shown[:, :, None, None]
     silent = np.all((support.max(axis=-1) <= SUPPORT_THRESHOLD) | ~there, axis=0)
     conditions = [
-        width <= BAND_VOXELS,
+        outline <= OUTLINE_VOXELS,
         silent & ~there.all(axis=0),
         conflict > CONFLICT_THRESHOLD,
         silent,
@@ -125,10 +124,21 @@ def _evidence(inside: tuple, conflict_pairs, support, unimodal, modalities, clas
     return {"pair": pair, "votes": votes}
 
 
-def components(error_probability: Float[np.ndarray, "d h w"]) -> Int32[np.ndarray, "d h w"]:
-    """The 3-D components (26 neighbours) of {e > REVIEW_THRESHOLD}, numbered from 1; 0 elsewhere."""
-    found = np.zeros(error_probability.shape, np.int32)
-    ndimage.label(error_probability > REVIEW_THRESHOLD, structure=np.ones((3, 3, 3)), output=found)
+def components(
+    error_probability: Float[np.ndarray, "d h w"], cause: UInt8[np.ndarray, "d h w"] | None = None
+) -> Int32[np.ndarray, "d h w"]:
+    """The 3-D components (26 neighbours) of {e > REVIEW_THRESHOLD}, numbered from 1; 0 elsewhere.
+
+    Where causes are known, doubt of an outline and other doubt are components apart: else one that lies inside a lesion
+    would be lost in the band around it.
+    """
+    doubtful = error_probability > REVIEW_THRESHOLD
+    parts = [doubtful] if cause is None else [doubtful & (cause != BOUNDARY), doubtful & (cause == BOUNDARY)]
+    found, count = np.zeros(doubtful.shape, np.int32), 0
+    for part in parts:
+        numbered, more = ndimage.label(part, structure=np.ones((3, 3, 3)))
+        found += np.where(numbered > 0, numbered + count, 0)
+        count += more
     return found
 
 
@@ -163,7 +173,7 @@ def records(
     than two); counterfactual {modality: {"region_ml", "total_ml"}}: foreground in the component and in the
     scan if only that modality were right. Everything is plain Python, ready for JSON.
     """
-    numbered = components(error_probability)
+    numbered = components(error_probability, cause)
     count = int(numbered.max())
     if count == 0:
         return []

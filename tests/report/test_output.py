@@ -85,8 +85,8 @@ def make_prediction(volume: preprocess.Volume, stored: np.ndarray, *, full: bool
         support[0, ..., 0], support[1, ..., 1] = 0.6, 0.8
         pairs = np.stack([conflict for _ in combinations(MODALITIES, 2)])
         distance = np.full(label.shape, 5.0, np.float32)
-        wide, shown = np.full(label.shape, np.inf), preprocess.shown(volume)
-        cause = explanation.cause(error, conflict, support, wide, distance, volume.body, shown)
+        far, shown = np.full(label.shape, np.inf), preprocess.shown(volume)
+        cause = explanation.cause(error, conflict, support, far, distance, volume.body, shown)
         attribution = np.stack([-0.3 * conflict, conflict])
         made |= {
             "hypotheses": hypotheses,

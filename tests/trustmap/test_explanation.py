@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from entrust_jax.trustmap import explanation
-from entrust_jax.trustmap.explanation import cause, doubt_width, records, sentence
+from entrust_jax.trustmap.explanation import cause, outline_distance, records, sentence
 
 SHAPE = (4, 12, 12)
 MODALITIES, CLASSES = ("T1", "FLAIR", "T1ce"), ("background", "lesion")
@@ -33,8 +33,8 @@ def scan():
 def run(present=(True, True, False), **changes):
     error, label, support, pairs, attribution, counterfactual = scan()
     here = np.repeat(np.array(present)[:, None], SHAPE[0], axis=1)
-    wide = np.full(SHAPE, np.inf)
-    codes = cause(error, pairs.max(0), support, wide, np.full(SHAPE, 9.0), np.ones(SHAPE, bool), here)
+    far = np.full(SHAPE, np.inf)
+    codes = cause(error, pairs.max(0), support, far, np.full(SHAPE, 9.0), np.ones(SHAPE, bool), here)
     # By itself every scan says what the place says, background: but for FLAIR, which outweighs the place.
     unimodal = np.stack([np.full(SHAPE, 0.9), np.full(SHAPE, 0.1)], axis=-1)[None].repeat(3, axis=0)
     unimodal[1] = np.where(support[1, ..., 1:] > 0, [0.3, 0.7], unimodal[1])
@@ -55,12 +55,12 @@ def test_cause_precedence():
     support = np.zeros((2, *shape, 2))
     support[0, 0, 0, :, 1] = [0.9, 0.05, 0.05, 0.9, 0.9, 0.9, 0.9, 0.9, 0.05]
     distance = np.array([1, 1, 1, -1.5, 5, 1, 1, 5, 5.0]).reshape(shape)
-    width = np.array([11, np.inf, 11, 11, 11, 1, 1, 10, 10.0]).reshape(shape)
+    outline = np.array([6, np.inf, 6, 6, 6, 1, 1, 5, 5.0]).reshape(shape)
     body = np.array([1, 1, 1, 1, 1, 0, 1, 1, 1], bool).reshape(shape)
     error = np.array([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.01, 0.5, 0.5]).reshape(shape)
 
     def found(*shown: bool) -> list[int]:
-        return cause(error, kappa, support, width, distance, body, np.array(shown)[:, None]).ravel().tolist()
+        return cause(error, kappa, support, outline, distance, body, np.array(shown)[:, None]).ravel().tolist()
 
     assert found(True, True) == [2, 2, 3, 4, 5, 0, 0, 4, 4]
     assert found(True, False) == [2, 1, 1, 4, 5, 0, 0, 4, 4]
@@ -77,25 +77,27 @@ def test_a_modality_that_ends_is_missing_where_it_ends():
     assert codes[:, 0, 0].tolist() == [explanation.IGNORANCE, explanation.MISSING_INPUT]
 
 
-def test_a_band_of_doubt_has_a_width_and_an_island_has_none():
+def test_what_is_surely_there_has_an_outline_and_what_is_in_doubt_has_none():
     error, label = np.zeros((2, 1, 20)), np.zeros((2, 1, 20), np.uint8)
-    label[0, 0, 10:] = 1
-    error[0, 0, 7:13] = 0.3  # between columns 6 and 13, seven apart
-    error[1, 0, 7:13] = 0.3  # with nothing but background around
-    found = doubt_width(error, label, None)
-    np.testing.assert_array_equal(found[0, 0, 6:14], 7)
+    label[0, 0, 8:13] = label[1, 0, 17:] = 1
+    error[0, 0, 6:10] = error[1, 0, 15:] = 0.3  # something with a sure part, and something without
+    found = outline_distance(error, label, None)
+    np.testing.assert_array_equal(found[0, 0, 5:15], [3, 2, 1, 1, 2, 3, 2, 1, 1, 2])
     assert np.isinf(found[1]).all()
-    # In a volume the way may lead to the other slice, 3 voxels away: columns 7 to 9 are one to three from column 6.
-    deep = doubt_width(error, label, (3.0, 1.0, 1.0))
-    assert deep[0, 0, 7] == 7 and np.isfinite(deep[1]).all()
-    np.testing.assert_allclose(deep[1, 0, 13], 3, rtol=1e-6)  # itself of one class, three from the other
+    # In a volume the way may lead to the other slice, 1.5 voxels away.
+    deep = outline_distance(error, label, (1.5, 1.0, 1.0))
+    assert deep[1, 0, 10] == 1.5 and deep[0, 0, 10] == 1.5 and deep[0, 0, 12] == 1
+    # Both of one component: what is doubtful in one slice goes on to what is sure in the other.
+    label[1], label[1, 0, 12:16], error[1, 0, 12:16] = 0, 1, 0.3
+    assert outline_distance(error, label, None)[1, 0, 11] == 1
 
 
-def test_three_classes_count_by_the_nearest_two():
+def test_every_class_has_its_own_outline():
     error, label = np.zeros((1, 1, 12)), np.zeros((1, 1, 12), np.uint8)
     label[0, 0, 4:8], label[0, 0, 8:] = 1, 2
-    error[0, 0, 7:9] = 0.3
-    np.testing.assert_array_equal(doubt_width(error, label, None)[0, 0, 6:10], 3)
+    np.testing.assert_array_equal(outline_distance(error, label, None)[0, 0], [4, 3, 2, 1, 1, 2, 2, 1, 1, 2, 3, 4])
+    error[0, 0, 4:8] = 0.3  # then the second class alone is sure
+    np.testing.assert_array_equal(outline_distance(error, label, None)[0, 0, 4:9], [4, 3, 2, 1, 1])
 
 
 def test_records_of_a_scan():
@@ -167,3 +169,15 @@ def test_components_are_three_dimensional():
     found = records(error, np.zeros((3, 4, 4), np.uint8), (1.0, 1.0, 1.0), ("T1",), CLASSES, np.ones((1, 3), bool))
     assert [r["voxels"] for r in found] == [12]
     assert explanation.CAUSES[explanation.CONFLICT] == "conflict"
+
+
+def test_doubt_inside_a_lesion_is_a_region_apart_from_the_band_around_it():
+    error, label = np.zeros((1, 12, 12), np.float32), np.zeros((1, 12, 12), np.uint8)
+    error[0, 2:10, 2:10], label[0, 2:10, 2:10] = 0.4, 1
+    codes = np.where(error > 0, explanation.BOUNDARY, 0).astype(np.uint8)
+    codes[0, 4:8, 4:8] = explanation.CONFLICT
+    arguments = (error, label, (1.0, 1.0, 1.0), ("T1",), CLASSES, np.ones((1, 1), bool))
+    found = records(*arguments, cause=codes)
+    assert [(one["cause"], one["voxels"]) for one in found] == [("boundary", 48), ("conflict", 16)]
+    assert [one["voxels"] for one in records(*arguments)] == [64]
+    assert sorted(np.unique(explanation.components(error, codes))) == [0, 1, 2]
