@@ -199,10 +199,10 @@ def parse_folders(arguments: Sequence[str], case: str | None, cases: str | None)
 
 
 def parse_files(arguments: Sequence[str], case: str | None) -> dict[str, Path]:
-    """The MODALITY=FILE arguments; none with --case. That the model knows them is checked later.
+    """The MODALITY=FILE arguments; none with --case. Whether they make a case of the model is checked later.
 
-    Raises UserError for an argument of another form, a modality given twice, a missing file, a folder, one file for two
-    modalities, no scan at all, and both forms at once.
+    Raises UserError for an argument of another form, a modality given twice, a missing file, a folder, no scan at all,
+    and both forms at once.
     """
     if case is not None:
         if arguments:
@@ -225,8 +225,6 @@ def parse_files(arguments: Sequence[str], case: str | None) -> dict[str, Path]:
             raise UserError(f"{file}: is a folder; give the {name} scan itself, a .nii.gz file, or --case=FOLDER")
         if not path.is_file():
             raise UserError(f"{file}: no such file; give the path of the {name} scan")
-        if same := next((known for known, other in files.items() if other.samefile(path)), None):
-            raise UserError(f"{file}: is given for {same} and for {name}; give each its own file")
         files[name] = path
     return files
 

@@ -48,14 +48,6 @@ def test_files_by_name(scan, second):
     assert predict.parse_files([f"T1={scan}", f"flair={second}"], None) == {"T1": scan, "flair": second}
 
 
-def test_one_file_is_no_two_modalities(tmp_path, scan, second):
-    (tmp_path / "link.nii.gz").symlink_to(scan)
-    for same in (scan, tmp_path / "link.nii.gz", tmp_path / ".." / tmp_path.name / scan.name):
-        with pytest.raises(UserError) as raised:
-            predict.parse_files([f"T1={scan}", f"FLAIR={second}", f"T2={same}"], None)
-        assert str(raised.value) == f"{same}: is given for T1 and for T2; give each its own file"
-
-
 def test_a_folder_is_no_scan(tmp_path, scan):
     with pytest.raises(UserError) as raised:
         predict.parse_files([f"T1={tmp_path}"], None)

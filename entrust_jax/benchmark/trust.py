@@ -251,9 +251,9 @@ def resplit(
 
 
 def outcome(found: dict[str, Any], cases: Sequence[conformal.Case]) -> dict[str, float | None]:
-    """What the promises came to on other cases: mean FNR of outer masks and FDR of inner ones, shares of covered Dice
-
-    values and volumes; None where nothing was promised, NaN where no case can tell.
+    """What the promises came to on other patients: mean FNR of outer masks and FDR of inner ones, shares of covered
+    Dice values and volumes, a patient's cases averaged first. None where nothing was promised, NaN where no case can
+    tell.
     """
     result: dict[str, float | None] = {}
     for kind, curves in (("outer", "missed"), ("inner", "wrong")):
@@ -262,18 +262,27 @@ def outcome(found: dict[str, Any], cases: Sequence[conformal.Case]) -> dict[str,
             result[key] = None
             if one["threshold"] is not None:
                 index = int(np.flatnonzero(np.float32(one["threshold"]) == conformal.THRESHOLDS)[0])
-                own = [getattr(case, curves)[name][index] for case in cases if name in getattr(case, curves)]
-                result[key] = float(np.mean(np.nan_to_num(own, nan=0.0))) if own else float("nan")
+                own = [(case, getattr(case, curves)[name]) for case in cases if name in getattr(case, curves)]
+                result[key] = by_patient([(case, float(np.nan_to_num(curve[index]))) for case, curve in own])
     margins: list[tuple[str, Any, Callable[[conformal.Case], float | None]]] = [
         ("dice", found["dice"]["margin"], lambda case: case.dice)
     ]
     for name, one in found["volume"].items():
         margins.append((f"volume {name}", one["margin"], lambda case, name=name: case.volume[name]))
     for key, margin, of in margins:
-        values = [value for case in cases if (value := of(case)) is not None]
-        covered = float(np.mean([value <= margin + 1e-9 for value in values])) if values and margin is not None else 0.0
-        result[key] = None if margin is None else covered if values else float("nan")
+        result[key] = None
+        if margin is not None:
+            values = [(case, value) for case in cases if (value := of(case)) is not None]
+            result[key] = by_patient([(case, float(value <= margin + 1e-9)) for case, value in values])
     return result
+
+
+def by_patient(values: Sequence[tuple[conformal.Case, float]]) -> float:
+    """Mean over patients of the mean over each one's cases; NaN without any."""
+    own: dict[str, list[float]] = {}
+    for case, value in values:
+        own.setdefault(case.patient, []).append(value)
+    return float(np.mean([np.mean(each) for each in own.values()])) if own else float("nan")
 
 
 # ---- predicted Dice ----------------------------------------------------------------------------------------------

@@ -303,7 +303,7 @@ def case_from_files(
     """A case from files given one by one, {"T1": path}; by any of a modality's names, without regard to case.
 
     Its name is that of the first file in model order, less a channel number or modality at its end. Raises UserError
-    for an unknown or repeated modality, a missing file, or none at all.
+    for an unknown or repeated modality, a missing file, one file for two modalities, or none at all.
     """
     known = known_names(modalities, names)
     by_name = {name: modality for modality, own in known.items() for name in own}
@@ -316,6 +316,8 @@ def case_from_files(
             raise UserError(f"{name}={file}: two files for {modality}, {given[modality]} too; keep one of them")
         if not path.is_file():
             raise UserError(f"{path}: no such file; give the path of the {modality} scan")
+        if same := next((known for known, other in given.items() if other.samefile(path)), None):
+            raise UserError(f"{path}: is given for {same} and for {modality}; give each its own file")
         given[modality] = path
     if not given:
         raise UserError(f"no scan given; give at least one of {', '.join(modalities)} as MODALITY=FILE")

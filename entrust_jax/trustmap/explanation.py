@@ -13,6 +13,7 @@ CONFLICT_THRESHOLD = 0.1
 SUPPORT_THRESHOLD = 0.1
 BOUNDARY_VOXELS = 2.0
 OUTLINE_VOXELS = 5.0
+BLAME_NATS = 0.1  # what a scan argues against the label before a sentence says so
 ERROR_FLOOR = 0.05
 REVIEW_THRESHOLD = 0.2  # error probability from which a voxel is up for review
 MINIMUM_VOXELS = 5
@@ -25,6 +26,7 @@ THRESHOLDS = {
     "cause_support": SUPPORT_THRESHOLD,
     "cause_boundary_voxels": BOUNDARY_VOXELS,
     "cause_outline_voxels": OUTLINE_VOXELS,
+    "blame_nats": BLAME_NATS,
 }
 
 
@@ -269,7 +271,7 @@ def sentence(record: dict) -> str:
     if "cause" in record:
         text.append(f"Reason: {_reason(record)}.")
     guilty = record.get("blame")
-    if guilty is not None and record["attribution"][guilty] < 0:
+    if guilty is not None and record["attribution"][guilty] <= -BLAME_NATS:
         text.append(f"{guilty} argues most against the delivered label ({record['attribution'][guilty]:+.2f} nats).")
     outcomes = record.get("counterfactual", {})
     if len(outcomes) > 1 and record.get("cause") == "conflict":

@@ -111,6 +111,15 @@ def test_promises_hold_over_divisions_and_a_broken_one_is_seen(monkeypatch):
     assert not (broken["dice"]["holds"] or broken["volume r"]["holds"] or broken["outer r"]["holds"])
 
 
+def test_a_patient_with_many_cases_counts_once():
+    a, b = (case_of(i, np.random.default_rng(i)) for i in range(2))
+    assert trust.by_patient([(a, 1.0), (a, 1.0), (a, 0.0), (b, 0.0)]) == pytest.approx(1 / 3)
+    assert np.isnan(trust.by_patient([]))
+    told = conformal.fit([case_of(i, np.random.default_rng(i)) for i in range(40)], ("r",), **LEVELS)
+    once, thrice = trust.outcome(told, [a, b]), trust.outcome(told, [a, a, a, b])
+    assert once == pytest.approx(thrice)
+
+
 def test_too_few_patients_are_counted_as_refusals():
     rng = np.random.default_rng(2)
     found = trust.resplit([case_of(i, rng) for i in range(10)], ("r",), LEVELS, 5, times=7)

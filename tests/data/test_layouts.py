@@ -498,6 +498,16 @@ def test_a_scan_given_by_another_name(tmp_path):
         layouts.case_from_files({"mprage": tmp_path / "a_t1_mprage.nii.gz"}, FOUR)
 
 
+def test_one_file_is_no_two_modalities(tmp_path):
+    touch(tmp_path, "a_t1.nii.gz", "a_flair.nii.gz")
+    scan = tmp_path / "a_t1.nii.gz"
+    (tmp_path / "link.nii.gz").symlink_to(scan)
+    for same in (scan, tmp_path / "link.nii.gz", tmp_path / ".." / tmp_path.name / scan.name):
+        with pytest.raises(UserError) as raised:
+            layouts.case_from_files({"T1": scan, "FLAIR": tmp_path / "a_flair.nii.gz", "T2": same}, FOUR)
+        assert str(raised.value) == f"{same}: is given for T1 and for T2; give each its own file"
+
+
 def test_a_space_is_no_contrast_agent(tmp_path):
     touch(tmp_path / "sub-a" / "anat", "sub-a_space-MNI_T1w.nii.gz")
     (case,) = layouts.find_cases("bids", tmp_path, ("T1", "T1ce"))

@@ -137,6 +137,8 @@ def test_sentences_say_what_the_record_holds():
         assert part in text
     assert "T1 argues most against the delivered label (-0.40 nats)" in text
     assert "0.00 ml if only T1 is right" in text
+    first["attribution"]["T1"] = -0.09
+    assert "argues" not in sentence(first)  # next to nothing
     assert "T1ce is missing here" in sentence(second)
     first["votes"]["T1"]["class"] = "lesion"
     assert "T1 says background (0.90, less than the place) and FLAIR" in sentence(first)
