@@ -501,10 +501,15 @@ def finish(
     evidence: dict[str, Any] = {}
     shown = preprocess.shown(volume)
     if "conflict" in raw:
-        out["conflict"] = raw["conflict"] * volume.body  # outside the body there is nothing to contradict
+        conflict = raw["conflict"]
+        if not shown.all():  # windows of volumes hear a scan that ends, and a scan that is not there contradicts nobody
+            first, second = np.triu_indices(len(shown), 1)
+            both = (shown[first] & shown[second])[:, :, None, None]
+            conflict = np.minimum(conflict, np.max(raw["kappa_pairs"] * both, axis=0, initial=0.0))
+        out["conflict"] = conflict * volume.body  # outside the body there is nothing to contradict
         sampling = [size / min(volume.spacing) for size in volume.spacing] if volumetric else None
-        outline = explanation.outline_distance(e, raw["label"], sampling)
-        out["cause"] = explanation.cause(e, raw["conflict"], raw["support"], outline, raw["border"], volume.body, shown)
+        outline = explanation.outline_distance(e, raw["label"], volume.body, sampling)
+        out["cause"] = explanation.cause(e, conflict, raw["support"], outline, raw["border"], volume.body, shown)
         evidence = {
             "cause": out["cause"],
             "conflict_pairs": raw["kappa_pairs"],

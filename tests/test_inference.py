@@ -20,6 +20,7 @@ from entrust_jax.model import EnTrust
 from entrust_jax.runtime.mesh import data_mesh
 from entrust_jax.segdiff import sampler as segdiff_sampler
 from entrust_jax.segdiff.sampler import Sampler
+from entrust_jax.trustmap import explanation
 from entrust_jax.trustmap.case import threshold_action
 
 M, K, N, DEPTH, SIZE = 2, 3, 3, 8, 16
@@ -282,6 +283,23 @@ def test_a_prediction_has_all_its_maps(raw):
     assert not done["cause"][~body].any()
     assert set(done["regions"]) == {"all", "core"} and 0 <= done["predicted_dice"] <= 1
     assert done["seconds"] >= 0 and all(record["sentence"] for record in done["records"])
+
+
+def test_a_scan_that_ends_is_neither_heard_nor_blamed_where_it_ends(raw):
+    """As of windows of volumes, which see it as it is: made-up conflict with a scan that ends before slice 1."""
+    case, image = made_up.slices(), made_up.slices().image.copy()
+    image[1, 1:] = -0.5 * case.body[1:]
+    loud = dict(raw) | {
+        "conflict": np.full_like(raw["conflict"], 0.5),
+        "kappa_pairs": np.full_like(raw["kappa_pairs"], 0.5),
+        "support": np.zeros_like(raw["support"]),
+        "label": np.zeros_like(raw["label"]),  # no outline that could be the cause
+        "border": np.full_like(raw["border"], 99),
+    }
+    done = finish(loud, dataclasses.replace(case, image=image))
+    assert done["conflict"][0][case.body[0]].min() == 0.5 and not done["conflict"][1:].any()
+    assert {explanation.CAUSES[c] for c in np.unique(done["cause"][0])} == {"none", "conflict"}
+    assert {explanation.CAUSES[c] for c in np.unique(done["cause"][1:])} == {"none", "missing input"}
 
 
 def test_without_probing_the_mask_and_its_probabilities_are_the_same(raw, monkeypatch):

@@ -308,7 +308,9 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("data_dir", None, "Folder of labelled scans, or of the set; the one trained on if left out.")
     flags.DEFINE_enum("split", "test", ["test", "all"], "Held-out test cases, or every labelled case.")
-    flags.DEFINE_integer("cases", 0, "causes, conflict: so many cases; 0 means all.", lower_bound=0)
+    flags.DEFINE_integer(
+        "cases", 0, "conflict: so many cases, evenly spaced; causes: the first of them; 0 means all.", lower_bound=0
+    )
     flags.DEFINE_integer(
         "slices", None, f"Slices of a scan that are changed; conflict: {SLICES}, semisynthetic: all if left out.",
         lower_bound=1,

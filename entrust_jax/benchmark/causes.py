@@ -2,13 +2,15 @@
 
 Every doubtful voxel of a test case is given a cause by `trustmap.explanation`. A phantom knows three of them: readers
 contradict each other at the voxel's site, every reader is silent there, or the voxel's class hangs on where the border
-lies. Agreement is held against what the same causes would reach if they were dealt out among the same voxels at random.
+lies. Along the border of a site at which readers contradict each other two hold, and neither answer is counted.
+Agreement is held against what the same causes would reach if they were dealt out among the same voxels at random.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Integer, UInt8
 
@@ -21,44 +23,48 @@ from entrust_jax.runtime import logs
 from entrust_jax.trustmap import explanation
 
 PLANTED = (explanation.CONFLICT, explanation.IGNORANCE, explanation.BOUNDARY)
+BOTH = len(explanation.CAUSES)  # contradicted, and at the border
+ROWS = {code: explanation.CAUSES[code] for code in PLANTED} | {BOTH: "conflict and boundary", explanation.NONE: "none"}
 GIVEN = range(explanation.MISSING_INPUT, len(explanation.CAUSES))
 
 
 def planted(scene: phantom.Scene) -> UInt8[np.ndarray, "d h w"]:
-    """The cause that a phantom plants at each voxel; 0 where it plants none, as at a site where some reader speaks and
-    none contradicts, however little they say.
+    """The cause that a phantom plants at each voxel, BOTH where there are two; 0 where it plants none, as at a site
+    where some reader speaks and none contradicts, however little they say.
     """
-    silent = np.append(np.all(np.asarray(scene.evidence) == 0, axis=0), False)[np.asarray(scene.site)]
-    masks = [scene.boundary, scene.conflict, np.asarray(scene.ignorance) & silent]
-    codes = (explanation.BOUNDARY, explanation.CONFLICT, explanation.IGNORANCE)
-    return np.select([np.asarray(mask) for mask in masks], codes, explanation.NONE).astype(np.uint8)
+    evidence, site = np.asarray(scene.evidence), np.asarray(scene.site)
+    opposed = np.asarray(phantom.opposed(jnp.asarray(evidence), jnp.ones(len(evidence), bool)))
+    contradicted, silent = (np.append(own, False)[site] for own in (opposed, np.all(evidence == 0, axis=0)))
+    boundary = np.asarray(scene.boundary)
+    masks = [boundary & contradicted, boundary, np.asarray(scene.conflict), np.asarray(scene.ignorance) & silent]
+    codes = [BOTH, explanation.BOUNDARY, explanation.CONFLICT, explanation.IGNORANCE]
+    return np.select(masks, codes, explanation.NONE).astype(np.uint8)
 
 
 def voxels(
     exact: UInt8[np.ndarray, "d h w"], given: UInt8[np.ndarray, "d h w"]
-) -> Integer[np.ndarray, "causes causes"]:
+) -> Integer[np.ndarray, "planted given"]:
     """Counts of doubtful voxels by the planted and the given cause."""
     doubtful = given != explanation.NONE
-    count = len(explanation.CAUSES)
-    return np.bincount(exact[doubtful] * count + given[doubtful], minlength=count**2).reshape(count, count)
-
-
-def regions(exact: UInt8[np.ndarray, "d h w"], said: Mapping[str, Any]) -> Integer[np.ndarray, "causes causes"]:
-    """Counts of a prediction's regions by the planted cause of most of their voxels (0: of none) and the given one."""
-    numbered = explanation.components(said["error_probability"], said["cause"])
-    count = len(explanation.CAUSES)
-    found = np.zeros((count, count), np.int64)
-    for record in said["records"]:
-        place = tuple(record["place"][axis] for axis in ("slice", "row", "column"))
-        inside = exact[numbered == numbered[place]]
-        most = np.bincount(inside, minlength=count).argmax()
-        found[most, explanation.CAUSES.index(record["cause"])] += 1
+    found = np.zeros((BOTH + 1, len(explanation.CAUSES)), np.int64)
+    np.add.at(found, (exact[doubtful], given[doubtful]), 1)
     return found
 
 
-def agreement(counts: Integer[np.ndarray, "n causes causes"]) -> dict[str, Any]:
-    """Share of what has a planted cause that was given it, the share expected by chance, and the difference; recall and
-    precision by cause. The patient is the unit, counts are pooled.
+def regions(exact: UInt8[np.ndarray, "d h w"], said: Mapping[str, Any]) -> Integer[np.ndarray, "planted given"]:
+    """Counts of a prediction's regions by the commonest planted cause of their voxels and the given one."""
+    numbered = explanation.components(said["error_probability"], said["cause"])
+    found = np.zeros((BOTH + 1, len(explanation.CAUSES)), np.int64)
+    for record in said["records"]:
+        place = tuple(record["place"][axis] for axis in ("slice", "row", "column"))
+        inside = exact[numbered == numbered[place]]
+        found[np.bincount(inside).argmax(), explanation.CAUSES.index(record["cause"])] += 1
+    return found
+
+
+def agreement(counts: Integer[np.ndarray, "n planted given"]) -> dict[str, Any]:
+    """Share of what has one planted cause that was given it, the share expected by chance, and the difference; recall
+    and precision by cause. The patient is the unit, counts are pooled.
     """
     of_planted = counts[:, PLANTED].astype(np.float64)
 
@@ -79,7 +85,10 @@ def agreement(counts: Integer[np.ndarray, "n causes causes"]) -> dict[str, Any]:
     }
     for code in PLANTED:
         own = counts[:, code, code]
-        for name, total in (("recall", counts[:, code].sum(axis=1)), ("precision", counts[:, :, code].sum(axis=1))):
+        for name, total in (
+            ("recall", counts[:, code].sum(axis=1)),
+            ("precision", counts[:, PLANTED, code].sum(axis=1)),
+        ):
             pairs = np.stack([own, total], axis=1)[total > 0].astype(np.float64)
             found[f"{name} {explanation.CAUSES[code]}"] = statistics.figure(
                 lambda weights, pairs=pairs: statistics.pooled_ratio(pairs, weights), len(pairs)
@@ -125,9 +134,6 @@ def table(found: dict[str, Any]) -> str:
     lines = markdown.table(["", *found], rows)
     for unit, one in found.items():
         lines += ["", f"{unit.capitalize()} by the planted cause and the given one:", ""]
-        counted = [
-            [explanation.CAUSES[code], *(str(one["counts"][code][k]) for k in GIVEN)]
-            for code in (*PLANTED, explanation.NONE)
-        ]
+        counted = [[name, *(str(one["counts"][code][k]) for k in GIVEN)] for code, name in ROWS.items()]
         lines += markdown.table(["planted", *(explanation.CAUSES[k] for k in GIVEN)], counted)
     return "\n".join(lines) + "\n"

@@ -251,9 +251,9 @@ def resplit(
 
 
 def outcome(found: dict[str, Any], cases: Sequence[conformal.Case]) -> dict[str, float | None]:
-    """What the promises came to on other patients: mean FNR of outer masks and FDR of inner ones, shares of covered
-    Dice values and volumes, a patient's cases averaged first. None where nothing was promised, NaN where no case can
-    tell.
+    """What the promises came to on other patients: mean FNR of outer masks and FDR of inner ones over each one's mean,
+    shares of patients whose Dice values and volumes are all covered. None where nothing was promised, NaN where no case
+    can tell.
     """
     result: dict[str, float | None] = {}
     for kind, curves in (("outer", "missed"), ("inner", "wrong")):
@@ -263,7 +263,7 @@ def outcome(found: dict[str, Any], cases: Sequence[conformal.Case]) -> dict[str,
             if one["threshold"] is not None:
                 index = int(np.flatnonzero(np.float32(one["threshold"]) == conformal.THRESHOLDS)[0])
                 own = [(case, getattr(case, curves)[name]) for case in cases if name in getattr(case, curves)]
-                result[key] = by_patient([(case, float(np.nan_to_num(curve[index]))) for case, curve in own])
+                result[key] = by_patient([(case, float(np.nan_to_num(curve[index]))) for case, curve in own], np.mean)
     margins: list[tuple[str, Any, Callable[[conformal.Case], float | None]]] = [
         ("dice", found["dice"]["margin"], lambda case: case.dice)
     ]
@@ -273,16 +273,16 @@ def outcome(found: dict[str, Any], cases: Sequence[conformal.Case]) -> dict[str,
         result[key] = None
         if margin is not None:
             values = [(case, value) for case in cases if (value := of(case)) is not None]
-            result[key] = by_patient([(case, float(value <= margin + 1e-9)) for case, value in values])
+            result[key] = by_patient([(case, float(value <= margin + 1e-9)) for case, value in values], np.min)
     return result
 
 
-def by_patient(values: Sequence[tuple[conformal.Case, float]]) -> float:
-    """Mean over patients of the mean over each one's cases; NaN without any."""
+def by_patient(values: Sequence[tuple[conformal.Case, float]], joined: Callable[[list[float]], Any]) -> float:
+    """Mean over patients of what is `joined` of each one's cases; NaN without any."""
     own: dict[str, list[float]] = {}
     for case, value in values:
         own.setdefault(case.patient, []).append(value)
-    return float(np.mean([np.mean(each) for each in own.values()])) if own else float("nan")
+    return float(np.mean([joined(each) for each in own.values()])) if own else float("nan")
 
 
 # ---- predicted Dice ----------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ IGNORED = -1  # the class index of voxels that count neither in training nor in 
 SAME = 0.9999  # correlation of two scans above which one is a copy of the other
 FLAT = 0.02  # standard deviation after a rule of intensity below which it cannot be the right one
 AIR, FAT, BONE = -1000.0, -50.0, 1000.0  # Hounsfield units: of air, above those of fat, of dense bone
+SINGLE = 1e-4  # range of normalised values below which they are one value, resampled and rounded
 COVERED = 0.9  # share of the body below which a scan's field of view is worth a word
 ROUNDING = 0.1  # voxels by which an affine may have been rounded on a label's way through other software
 MOST_VALUES = 8  # of a mask that are named
@@ -32,7 +33,8 @@ JPEG_ERROR = 40  # the most by which compression may have changed a mask's value
 class Volume:
     """One case on the grid of its reference scan, in canonical (RAS) orientation, axes [D, H, W] = (z, x, y).
 
-    image: z-scores, or what its rule says, inside the body; 0 outside it and where a modality is missing.
+    image: z-scores, or what its rule says, inside the body; 0 outside it and where a modality is missing or was not
+      measured.
     label: class indices, -1 where the label file does not reach; None when there is none. Of several raters, what most
       of those who know the voxel say (`majority`): for pictures and counts alone.
     coordinates: position in the body's bounding box scaled to [-1, 1], order D, H, W.
@@ -69,12 +71,12 @@ def labels_of(volume: Volume) -> Int32[np.ndarray, "r d h w"]:
 def shown(volume: Volume) -> Bool[np.ndarray, "m d"]:
     """Which modalities are there in each slice. One that has a single value all over the slice's body is not: the scan
 
-    ends before the others, or was filled up. A slice without a body has what the case has.
+    ends before the others, or was filled up. A slice with less than two voxels of body has what the case has.
     """
     found = np.repeat(volume.present[:, None], len(volume.body), axis=1)
-    for z in np.flatnonzero(volume.body.any(axis=(1, 2))):
+    for z in np.flatnonzero(volume.body.sum(axis=(1, 2)) > 1):
         inside = volume.image[:, z][:, volume.body[z]]
-        found[:, z] &= inside.min(axis=1) < inside.max(axis=1)
+        found[:, z] &= np.ptp(inside, axis=1) > SINGLE
     return found
 
 

@@ -89,7 +89,7 @@ def overview(
     doubt = (prediction["label"][chosen] > 0) | (prediction["error_probability"][chosen] > explanation.REVIEW_THRESHOLD)
     near = zoomed(view, doubt, volume.spacing)
     records = list(prediction.get("records", ()))[:SHOWN_REGIONS]
-    places = marks(prediction["error_probability"], records, chosen)
+    places = marks(prediction, records, chosen)
     panels = make_panels(
         prediction,
         volume,
@@ -279,9 +279,11 @@ def make_panels(
     return panels
 
 
-def marks(error: np.ndarray, records: Sequence[Mapping[str, Any]], chosen: int) -> list[tuple[int, int, int]]:
+def marks(
+    prediction: Mapping[str, Any], records: Sequence[Mapping[str, Any]], chosen: int
+) -> list[tuple[int, int, int]]:
     """Where to number each review region (D, H, W): in the chosen slice if it is there too."""
-    components = explanation.components(error)
+    components = explanation.components(prediction["error_probability"], prediction.get("cause"))
     found = []
     for record in records:
         z, h, w = (record["place"][key] for key in ("slice", "row", "column"))

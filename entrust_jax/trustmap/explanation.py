@@ -33,18 +33,19 @@ THRESHOLDS = {
 def outline_distance(
     error_probability: Float[np.ndarray, "d h w"],
     label: UInt8[np.ndarray, "d h w"],
+    body: Bool[np.ndarray, "d h w"],
     sampling: Sequence[float] | None,
 ) -> Float32[np.ndarray, "d h w"]:
     """Way to the outline of the nearest thing that is surely there: a 3-D component (26 neighbours) of one class of
-    the delivered mask with a voxel that is almost surely right (e <= .05). 1 beside the outline, infinite without one;
-    ours.
+    the delivered mask with a voxel in the body that is almost surely right (e <= .05). 1 beside the outline, infinite
+    without one; ours.
 
     sampling: length of a voxel along D, H, W; None: the ways stay in their slice.
     """
     nearest = np.full(label.shape, np.inf, np.float32)
     for k in range(1, int(label.max()) + 1):
         numbered, _ = ndimage.label(label == k, structure=np.ones((3, 3, 3)))
-        sure = np.unique(numbered[error_probability <= ERROR_FLOOR])
+        sure = np.unique(numbered[body & (error_probability <= ERROR_FLOOR)])
         found = np.isin(numbered, sure[sure > 0])
         for part in [slice(None)] if sampling is not None else np.flatnonzero(found.any(axis=(1, 2))):
             inside = found[part]
@@ -91,25 +92,25 @@ def cause(
     return np.where(body & (error_probability > ERROR_FLOOR), codes, NONE).astype(np.uint8)
 
 
-def _per_modality(values: Sequence[float], modalities: Sequence[str], present: np.ndarray) -> dict[str, float]:
-    return {name: float(v) for name, v, here in zip(modalities, values, present, strict=True) if here}
+def _values(values: np.ndarray, inside: tuple, seen: np.ndarray) -> np.ndarray:
+    """A map at those voxels of a component, `inside` being its index arrays, that are `seen`."""
+    return values[tuple(axis[seen] for axis in inside)]
 
 
-def _evidence(inside: tuple, conflict_pairs, support, unimodal, modalities, classes, present) -> dict:
-    """The dominant pair and the votes in one component, `inside` being its index arrays."""
-    pairs = [
-        (float(value[inside].mean()), float(value[inside].max()), modalities[m], modalities[n])
-        for value, (m, n) in zip(conflict_pairs, combinations(range(len(modalities)), 2), strict=True)
-        if present[m] and present[n]
-    ]
+def _evidence(inside: tuple, conflict_pairs, support, unimodal, modalities, classes, seen) -> dict:
+    """The dominant pair and the votes in one component. Every scan counts in the slices that show it, `seen` [m n]."""
+    pairs = []
+    for value, (m, n) in zip(conflict_pairs, combinations(range(len(modalities)), 2), strict=True):
+        both = seen[m] & seen[n]
+        if both.any():
+            own = _values(value, inside, both)
+            pairs.append((float(own.mean()), float(own.max()), modalities[m], modalities[n]))
     strongest = max(pairs, default=None)
     votes = {}
     for m, name in enumerate(modalities):
-        if present[m]:
-            strength = support[m][inside].mean(0)
-            k = int(strength.argmax())
-            posterior = unimodal[m][inside].mean(0)
-            alone = int(posterior.argmax())
+        if seen[m].any():
+            strength, posterior = (_values(each[m], inside, seen[m]).mean(axis=0) for each in (support, unimodal))
+            k, alone = int(strength.argmax()), int(posterior.argmax())
             votes[name] = {
                 "class": classes[k] if strength[k] > SUPPORT_THRESHOLD else None,
                 "strength": float(strength[k]),
@@ -124,6 +125,13 @@ def _evidence(inside: tuple, conflict_pairs, support, unimodal, modalities, clas
             "max_conflict": strongest[1],
         }
     return {"pair": pair, "votes": votes}
+
+
+def _missing(inside: tuple, cause: np.ndarray | None, shown: np.ndarray) -> np.ndarray:
+    """Bool [m]: the modalities whose absence is the cause in some of a component, else those absent from most of it."""
+    if cause is not None and (lacking := cause[inside] == MISSING_INPUT).any():
+        return ~shown[:, inside[0][lacking]].all(axis=1)
+    return shown[:, inside[0]].mean(axis=1) < 0.5
 
 
 def components(
@@ -163,17 +171,18 @@ def records(
 
     Arguments after `shown` that a method lacks are None (conflict_pairs, support and unimodal come together), and the
     parts of the record made from them are missing. Pairs are in the order of itertools.combinations; spacing
-    is in mm; what a region says of modalities is of those `shown` in the slice of its place.
+    is in mm; what is said of a modality is said of the region's slices that show it.
 
     Keys: index; place {"slice", "row", "column"} (the component's voxel nearest to its centre of error, array
     indices D, H, W); voxels, volume_ml; expected_error_ml (sum of e times the voxel's volume); mean_error,
     max_error; delivered (the commonest class of the mask there), delivered_ml (its foreground there); missing
-    (names of absent modalities); cause and cause_shares; pair (the pair with the largest mean kappa, None
-    when kappa stays below .1); votes {modality: {"class", what it supports beyond the base rate of the place, or
-    None, "strength", its mean support, "alone", what it would say if it were the only scan, "probability", its mean
-    posterior of that}}; attribution {modality: mean phi, nats}; blame (argmin phi over the present, None with fewer
-    than two); counterfactual {modality: {"region_ml", "total_ml"}}: foreground in the component and in the
-    scan if only that modality were right. Everything is plain Python, ready for JSON.
+    (modalities that are absent from most of it, with the cause missing input from any of it); cause and
+    cause_shares; pair (the pair with the largest mean kappa, None when kappa stays below .1); votes {modality:
+    {"class", what it supports beyond the base rate of the place, or None, "strength", its mean support, "alone",
+    what it would say if it were the only scan, "probability", its mean posterior of that}}; attribution {modality:
+    mean phi, nats}; blame (argmin phi over the present, None with fewer than two); counterfactual {modality:
+    {"region_ml", "total_ml"}}: foreground in the component and in the scan if only that modality were right.
+    Everything is plain Python, ready for JSON.
     """
     numbered = components(error_probability, cause)
     count = int(numbered.max())
@@ -196,7 +205,8 @@ def records(
         centre = (e[:, None] * position).sum(0) / e.sum()
         distance = (((position - centre[None]) * np.asarray(spacing)[None]) ** 2).sum(1)
         place = position[int(distance.argmin())]
-        present = shown[:, place[0]]
+        seen = shown[:, inside[0]]
+        there = seen.any(axis=1)
         delivered = label[inside]
         record = {
             "index": index,
@@ -208,17 +218,18 @@ def records(
             "max_error": float(e.max()),
             "delivered": classes[int(np.bincount(delivered).argmax())],
             "delivered_ml": float((delivered > 0).sum() * voxel_ml),
-            "missing": [name for name, here in zip(modalities, present, strict=True) if not here],
+            "missing": [modalities[m] for m in np.flatnonzero(_missing(inside, cause, shown))],
         }
         if cause is not None:
             shares = np.bincount(cause[inside], minlength=len(CAUSES)) / sizes[i]
             record["cause"] = CAUSES[int(shares[1:].argmax()) + 1] if shares[1:].any() else CAUSES[NONE]
             record["cause_shares"] = {CAUSES[c]: float(shares[c]) for c in np.flatnonzero(shares)}
         if conflict_pairs is not None and support is not None and unimodal is not None:
-            record |= _evidence(inside, conflict_pairs, support, unimodal, modalities, classes, present)
+            record |= _evidence(inside, conflict_pairs, support, unimodal, modalities, classes, seen)
         if attribution is not None:
-            phi = [float(a[inside].mean()) for a in attribution]
-            phi_of = record["attribution"] = _per_modality(phi, modalities, present)
+            phi_of = record["attribution"] = {
+                modalities[m]: float(_values(attribution[m], inside, seen[m]).mean()) for m in np.flatnonzero(there)
+            }
             several = len(phi_of) > 1
             record["blame"] = min(phi_of, key=lambda name: phi_of[name]) if several else None
         if counterfactual is not None and total_ml is not None:
@@ -226,7 +237,7 @@ def records(
             record["counterfactual"] = {
                 name: {"region_ml": region_ml[m], "total_ml": float(total_ml[m])}
                 for m, name in enumerate(modalities)
-                if present[m]
+                if there[m]
             }
         result.append(record)
     return result
@@ -239,8 +250,8 @@ def _join(words: Sequence[str]) -> str:
 def _vote(name: str, vote: dict) -> str:
     if not vote["class"]:
         return f"{name} says no more than the place"
-    less = "" if vote["class"] == vote["alone"] else ", less than the place"
-    return f"{name} says {vote['alone']} ({vote['probability']:.2f}{less})"
+    more = "" if vote["class"] == vote["alone"] else f"; more for {vote['class']} than the place"
+    return f"{name} says {vote['alone']} ({vote['probability']:.2f}{more})"
 
 
 def _reason(record: dict) -> str:
@@ -249,7 +260,8 @@ def _reason(record: dict) -> str:
     kind = record.get("cause", "none")
     if kind == "missing input":
         verb = "is" if len(record["missing"]) == 1 else "are"
-        return f"{_join(record['missing'])} {verb} missing here and the other scans show nothing clear"
+        others = " and the other scans show nothing clear" if votes else ""
+        return f"{_join(record['missing'])} {verb} missing here{others}"
     if kind == "conflict":
         between = f"{_join(record['pair']['modalities'])} contradict each other" if record.get("pair") else ""
         return ": ".join(part for part in (between or "the scans contradict each other", says) if part)

@@ -43,9 +43,11 @@ def test_a_phantom_plants_what_its_readers_do(scenes):
     for i in range(24):
         scene = one(scenes, i)
         exact = causes.planted(scene)
-        assert ((exact == explanation.BOUNDARY) == scene.boundary).all()
+        assert (np.isin(exact, (explanation.BOUNDARY, causes.BOTH)) == scene.boundary).all()
         for j, (a, b) in enumerate(scene.evidence.T):
             inside = exact[(scene.site == j) & ~scene.boundary]
+            rim = set(exact[(scene.site == j) & scene.boundary].tolist())
+            assert rim == {causes.BOTH if a * b < 0 else explanation.BOUNDARY}
             expected = explanation.CONFLICT if a * b < 0 else explanation.IGNORANCE if a == b == 0 else 0
             assert set(inside.tolist()) <= {0, expected}
             seen |= set(inside.tolist())
@@ -88,7 +90,7 @@ def test_the_suite_asks_every_case_and_writes_what_it_finds(tmp_path, monkeypatc
 
     def predict(trained, volume):
         exact = causes.planted(one(scenes, volume.number))
-        given = np.where(exact == explanation.BOUNDARY, explanation.CONFLICT, exact)
+        given = np.where(np.isin(exact, (explanation.BOUNDARY, causes.BOTH)), explanation.CONFLICT, exact)
         return {"cause": given.astype(np.uint8), "error_probability": 0.1 * (given > 0), "records": []}
 
     monkeypatch.setattr(api, "predict_volume", predict)
@@ -101,6 +103,7 @@ def test_the_suite_asks_every_case_and_writes_what_it_finds(tmp_path, monkeypatc
     assert voxels["recall conflict"]["value"] == voxels["recall ignorance"]["value"] == 1
     assert voxels["recall boundary"]["value"] == 0 and voxels["precision conflict"]["value"] < 1
     assert found["regions"]["agreement"]["value"] is None
+    assert sum(voxels["counts"][causes.BOTH]) > 0
     assert "| above chance | " in (tmp_path / "out" / "causes.md").read_text()
 
 

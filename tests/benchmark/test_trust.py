@@ -113,8 +113,9 @@ def test_promises_hold_over_divisions_and_a_broken_one_is_seen(monkeypatch):
 
 def test_a_patient_with_many_cases_counts_once():
     a, b = (case_of(i, np.random.default_rng(i)) for i in range(2))
-    assert trust.by_patient([(a, 1.0), (a, 1.0), (a, 0.0), (b, 0.0)]) == pytest.approx(1 / 3)
-    assert np.isnan(trust.by_patient([]))
+    values = [(a, 1.0), (a, 1.0), (a, 0.0), (b, 1.0)]
+    assert trust.by_patient(values, np.mean) == pytest.approx((2 / 3 + 1) / 2)
+    assert trust.by_patient(values, np.min) == 0.5 and np.isnan(trust.by_patient([], np.mean))
     told = conformal.fit([case_of(i, np.random.default_rng(i)) for i in range(40)], ("r",), **LEVELS)
     once, thrice = trust.outcome(told, [a, b]), trust.outcome(told, [a, a, a, b])
     assert once == pytest.approx(thrice)

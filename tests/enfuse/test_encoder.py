@@ -132,3 +132,9 @@ def test_air_has_no_features_and_is_not_seen(params):
             assert np.all(np.asarray(whole)[:, :, :, edge:] == 0)
             np.testing.assert_allclose(np.asarray(whole)[:, :, :, :edge], part, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(evidence.logits[..., :4, :], cut.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_scan_says_shows_nothing_of_the_blocks_that_were_folded(params):
+    even = jnp.ones((1, M, 96, 96)), jnp.zeros((1, 96, 96, 3)), jnp.ones((1, 96, 96))
+    logits = np.asarray(encode(params, *even).logits)[:, :, 44:52, 44:52]  # far from the border
+    assert np.ptp(logits, axis=(2, 3)).max() < 1e-4 and np.ptp(logits) > 0.1

@@ -151,4 +151,14 @@ def test_a_review_region_is_marked_where_the_shown_slice_meets_it():
     error[1:3, 2:5, 2:5] = 0.5
     error[3, 6:8, 6:8] = 0.4
     records = [{"place": {"slice": 1, "row": 3, "column": 3}}, {"place": {"slice": 3, "row": 6, "column": 6}}]
-    assert figures.marks(error, records, 2) == [(2, 3, 3), (3, 6, 6)]
+    assert figures.marks({"error_probability": error}, records, 2) == [(2, 3, 3), (3, 6, 6)]
+
+
+def test_a_region_inside_the_band_around_it_is_marked_apart():
+    error = np.zeros((1, 12, 12), np.float32)
+    error[0, 1:11, 1:11] = 0.5
+    cause = np.where(error > 0, 4, 0).astype(np.uint8)
+    cause[0, 2:5, 2:5] = 2
+    records = [{"place": {"slice": 0, "row": 3, "column": 3}}, {"place": {"slice": 0, "row": 9, "column": 9}}]
+    inner, band = figures.marks({"error_probability": error, "cause": cause}, records, 0)
+    assert inner == (0, 3, 3) and cause[band] == 4

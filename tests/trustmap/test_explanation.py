@@ -81,23 +81,31 @@ def test_what_is_surely_there_has_an_outline_and_what_is_in_doubt_has_none():
     error, label = np.zeros((2, 1, 20)), np.zeros((2, 1, 20), np.uint8)
     label[0, 0, 8:13] = label[1, 0, 17:] = 1
     error[0, 0, 6:10] = error[1, 0, 15:] = 0.3  # something with a sure part, and something without
-    found = outline_distance(error, label, None)
+    found = outline_distance(error, label, label < 9, None)
     np.testing.assert_array_equal(found[0, 0, 5:15], [3, 2, 1, 1, 2, 3, 2, 1, 1, 2])
     assert np.isinf(found[1]).all()
     # In a volume the way may lead to the other slice, 1.5 voxels away.
-    deep = outline_distance(error, label, (1.5, 1.0, 1.0))
+    deep = outline_distance(error, label, label < 9, (1.5, 1.0, 1.0))
     assert deep[1, 0, 10] == 1.5 and deep[0, 0, 10] == 1.5 and deep[0, 0, 12] == 1
     # Both of one component: what is doubtful in one slice goes on to what is sure in the other.
     label[1], label[1, 0, 12:16], error[1, 0, 12:16] = 0, 1, 0.3
-    assert outline_distance(error, label, None)[1, 0, 11] == 1
+    assert outline_distance(error, label, label < 9, None)[1, 0, 11] == 1
+
+
+def test_outside_the_body_nothing_is_sure():
+    error, label = np.zeros((1, 1, 9)), np.zeros((1, 1, 9), np.uint8)
+    label[0, 0, 3:7], error[0, 0, 3:6] = 1, 0.3  # column 6 lies outside, where e is 0
+    assert np.isinf(outline_distance(error, label, np.arange(9)[None, None] < 6, None)).all()
 
 
 def test_every_class_has_its_own_outline():
     error, label = np.zeros((1, 1, 12)), np.zeros((1, 1, 12), np.uint8)
     label[0, 0, 4:8], label[0, 0, 8:] = 1, 2
-    np.testing.assert_array_equal(outline_distance(error, label, None)[0, 0], [4, 3, 2, 1, 1, 2, 2, 1, 1, 2, 3, 4])
+    np.testing.assert_array_equal(
+        outline_distance(error, label, label < 9, None)[0, 0], [4, 3, 2, 1, 1, 2, 2, 1, 1, 2, 3, 4]
+    )
     error[0, 0, 4:8] = 0.3  # then the second class alone is sure
-    np.testing.assert_array_equal(outline_distance(error, label, None)[0, 0, 4:9], [4, 3, 2, 1, 1])
+    np.testing.assert_array_equal(outline_distance(error, label, label < 9, None)[0, 0, 4:9], [4, 3, 2, 1, 1])
 
 
 def test_records_of_a_scan():
@@ -124,6 +132,30 @@ def test_records_of_a_scan():
     json.dumps(found)
 
 
+def test_a_scan_counts_in_the_slices_that_show_it():
+    """T1 ends before the upper slice of the conflict and of the dim blob."""
+    error, label, support, pairs, attribution, _ = scan()
+    support[0, 2], pairs[0, 2], attribution[0, 2] = 5.0, 5.0, 5.0  # of nothing
+    shown = np.array([[True, True, False, False], [True] * 4, [True] * 4])
+    unimodal = np.stack([1 - support[..., 1], support[..., 1]], axis=-1)
+    codes = np.where(error > 0, explanation.CONFLICT, 0).astype(np.uint8)
+    codes[1, 9:11, 9:11] = explanation.MISSING_INPUT
+    arguments = {"conflict_pairs": pairs, "support": support, "unimodal": unimodal, "attribution": attribution}
+    first, second = records(error, label, (5.0, 1.0, 2.0), MODALITIES, CLASSES, shown, cause=codes, **arguments)
+    np.testing.assert_allclose(first["pair"]["mean_conflict"], 0.54, rtol=1e-5)
+    np.testing.assert_allclose([first["votes"]["T1"]["strength"], first["attribution"]["T1"]], [0.6, -0.4], rtol=1e-5)
+    assert first["missing"] == [] and second["cause_shares"]["missing input"] == 0.5
+    shown[0, 1], second_only = False, {"cause": np.where(codes == explanation.MISSING_INPUT, codes, 0).astype(np.uint8)}
+    again = records(error, label, (5.0, 1.0, 2.0), MODALITIES, CLASSES, shown, **arguments, **second_only)
+    assert again[0]["missing"] == ["T1"] and "T1" not in again[0]["votes"]  # absent from all of it
+    assert again[1]["missing"] == ["T1"] and "T1 is missing here and the other scans" in sentence(again[1])
+    nobody = records(
+        error, label, (5.0, 1.0, 2.0), MODALITIES, CLASSES, 0 * shown > 0, **arguments,
+        cause=np.where(error > 0, explanation.MISSING_INPUT, 0).astype(np.uint8),
+    )  # fmt: skip
+    assert "Reason: T1, FLAIR and T1ce are missing here." in sentence(nobody[0])
+
+
 def test_sentences_say_what_the_record_holds():
     first, second = run()
     text = sentence(first)
@@ -141,7 +173,7 @@ def test_sentences_say_what_the_record_holds():
     assert "argues" not in sentence(first)  # next to nothing
     assert "T1ce is missing here" in sentence(second)
     first["votes"]["T1"]["class"] = "lesion"
-    assert "T1 says background (0.90, less than the place) and FLAIR" in sentence(first)
+    assert "T1 says background (0.90; more for lesion than the place) and FLAIR" in sentence(first)
     first["votes"]["T1"]["class"] = None
     assert "T1 says no more than the place and FLAIR says lesion (0.70)" in sentence(first)
     complete = run(present=(True, True, True))
