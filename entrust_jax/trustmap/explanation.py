@@ -44,13 +44,14 @@ def outline_distance(
     """
     nearest = np.full(label.shape, np.inf, np.float32)
     for k in range(1, int(label.max()) + 1):
-        numbered, _ = ndimage.label(label == k, structure=np.ones((3, 3, 3)))
+        numbered = np.zeros(label.shape, np.int32)
+        ndimage.label(label == k, structure=np.ones((3, 3, 3)), output=numbered)
         sure = np.unique(numbered[body & (error_probability <= ERROR_FLOOR)])
         found = np.isin(numbered, sure[sure > 0])
         for part in [slice(None)] if sampling is not None else np.flatnonzero(found.any(axis=(1, 2))):
             inside = found[part]
             if inside.any() and not inside.all():
-                sides = [ndimage.distance_transform_edt(one, sampling) for one in (inside, ~inside)]
+                sides = [np.asarray(ndimage.distance_transform_edt(one, sampling)) for one in (inside, ~inside)]
                 nearest[part] = np.minimum(nearest[part], np.maximum(*sides))
     return nearest
 
@@ -130,8 +131,8 @@ def _evidence(inside: tuple, conflict_pairs, support, unimodal, modalities, clas
 def _missing(inside: tuple, cause: np.ndarray | None, shown: np.ndarray) -> np.ndarray:
     """Bool [m]: the modalities whose absence is the cause in some of a component, else those absent from most of it."""
     if cause is not None and (lacking := cause[inside] == MISSING_INPUT).any():
-        return ~shown[:, inside[0][lacking]].all(axis=1)
-    return shown[:, inside[0]].mean(axis=1) < 0.5
+        return np.logical_not(np.all(shown[:, inside[0][lacking]], axis=1))
+    return np.mean(shown[:, inside[0]], axis=1) < 0.5
 
 
 def components(
@@ -146,9 +147,10 @@ def components(
     parts = [doubtful] if cause is None else [doubtful & (cause != BOUNDARY), doubtful & (cause == BOUNDARY)]
     found, count = np.zeros(doubtful.shape, np.int32), 0
     for part in parts:
-        numbered, more = ndimage.label(part, structure=np.ones((3, 3, 3)))
+        numbered = np.zeros(doubtful.shape, np.int32)
+        ndimage.label(part, structure=np.ones((3, 3, 3)), output=numbered)
         found += np.where(numbered > 0, numbered + count, 0)
-        count += more
+        count += int(numbered.max())
     return found
 
 
@@ -206,7 +208,7 @@ def records(
         distance = (((position - centre[None]) * np.asarray(spacing)[None]) ** 2).sum(1)
         place = position[int(distance.argmin())]
         seen = shown[:, inside[0]]
-        there = seen.any(axis=1)
+        there = np.any(seen, axis=1)
         delivered = label[inside]
         record = {
             "index": index,
@@ -218,7 +220,7 @@ def records(
             "max_error": float(e.max()),
             "delivered": classes[int(np.bincount(delivered).argmax())],
             "delivered_ml": float((delivered > 0).sum() * voxel_ml),
-            "missing": [modalities[m] for m in np.flatnonzero(_missing(inside, cause, shown))],
+            "missing": [modalities[m] for m in np.flatnonzero(_missing(inside, cause, shown)).tolist()],
         }
         if cause is not None:
             shares = np.bincount(cause[inside], minlength=len(CAUSES)) / sizes[i]
@@ -228,7 +230,8 @@ def records(
             record |= _evidence(inside, conflict_pairs, support, unimodal, modalities, classes, seen)
         if attribution is not None:
             phi_of = record["attribution"] = {
-                modalities[m]: float(_values(attribution[m], inside, seen[m]).mean()) for m in np.flatnonzero(there)
+                modalities[m]: float(_values(attribution[m], inside, seen[m]).mean())
+                for m in np.flatnonzero(there).tolist()
             }
             several = len(phi_of) > 1
             record["blame"] = min(phi_of, key=lambda name: phi_of[name]) if several else None
