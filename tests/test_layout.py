@@ -12,7 +12,7 @@ SUITES = {
     f"benchmark.{name}"
     for name in (
         *("phantom", "disentanglement", "latency", "compilation", "volume", "trust"),
-        *("conflict", "semisynthetic", "subsets", "regions"),
+        *("conflict", "semisynthetic", "subsets", "regions", "causes"),
     )
 }
 # `api` is what commands and notebooks call: it reads configs, but knows neither flags nor the command line.
