@@ -6,7 +6,7 @@ memory depends on their values. `seams` asks a trained network whether windows l
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -103,27 +103,45 @@ def trace_of_windows(trained: api.Trained, volume: Volume) -> dict[str, Any]:
 def seams(trained: api.Trained, volume: Volume) -> dict[str, Any]:
     """Labels that change across seams beside those that change elsewhere.
 
-    ratio: share of neighbours of different labels across the planes where some window begins or ends over that across
-    all other planes, in the body, over all hypotheses (aim: at most 1.2).
+    ratio: neighbours of different labels across the planes where some window begins or ends, over as many as there
+    would be at the rate of all other planes of the same axis, in the body, over all hypotheses (aim: at most 1.2). By
+    axis, for slices lie farther apart than the voxels in them. ratio_of_the_label: the same of the case's own label,
+    which no window has seen: what the place of the planes alone does. None where nothing changes elsewhere.
     """
     around = windows.frame(volume, **networks.extent(trained.config))
     at = lattices.origins(around.scan["body"], around.window, around.unit)
     labels = api.examine(trained, volume, probed=False)["hypotheses"]
-    across, elsewhere = np.zeros(2), np.zeros(2)
-    for axis, ends in enumerate(borders(around, at)):
-        pairs = [np.moveaxis(x, axis, 0) for x in (volume.body, *labels)]
-        body = pairs[0][1:] & pairs[0][:-1]
-        for plane in range(len(body)):
-            changed = sum(int((one[plane] != one[plane + 1])[body[plane]].sum()) for one in pairs[1:])
-            total = across if plane + 1 - around.low[axis] in ends else elsewhere
-            total += (changed, int(body[plane].sum()) * len(labels))
-    rates = across[0] / max(across[1], 1), elsewhere[0] / max(elsewhere[1], 1)
+    ends = borders(around, at)
+    truth = labels[:0] if volume.label is None else volume.label[None]
+    (across, expected), own = (changes(one, volume.body, around, ends) for one in (labels, truth))
     return {
         "windows": len(at),
-        "flips_across_seams": rates[0],
-        "flips_elsewhere": rates[1],
-        "ratio": rates[0] / rates[1] if rates[1] else None,
+        "changes_across_seams": across,
+        "expected": expected,
+        "ratio": across / expected if expected else None,
+        "ratio_of_the_label": own[0] / own[1] if own[1] else None,
     }
+
+
+def changes(
+    labels: np.ndarray, body: np.ndarray, around: windows.Frame, ends: Sequence[set[int]]
+) -> tuple[float, float]:
+    """Neighbours in the body with different labels [n d h w] across the planes `ends`, in one of n on average, and how
+
+    many there would be at the rate of all other planes of each axis.
+    """
+    found = expected = 0.0
+    for axis, planes in enumerate(ends):
+        pairs = [np.moveaxis(x, axis, 0) for x in (body, *labels)]
+        both = pairs[0][1:] & pairs[0][:-1]
+        across, elsewhere = np.zeros(2), np.zeros(2)
+        for plane in range(len(both)):
+            changed = sum(int((one[plane] != one[plane + 1])[both[plane]].sum()) for one in pairs[1:])
+            total = across if plane + 1 - around.low[axis] in planes else elsewhere
+            total += (changed / max(len(labels), 1), int(both[plane].sum()))
+        found += across[0]
+        expected += across[1] * elsewhere[0] / max(elsewhere[1], 1)
+    return float(found), float(expected)
 
 
 def borders(around: windows.Frame, at: np.ndarray) -> list[set[int]]:

@@ -63,10 +63,21 @@ def test_a_planted_seam_is_found_and_noise_has_none(seams_of):
     assert found["windows"] == 9 and 0.95 < found["ratio"] < 1.05
     smooth = np.zeros_like(noise)
     smooth[:, :, 16:] = 1  # where a window begins
-    assert seams_of(smooth)["ratio"] is None and seams_of(smooth)["flips_across_seams"] > 0
+    assert seams_of(smooth)["ratio"] is None and seams_of(smooth)["changes_across_seams"] > 0
     planted = noise.copy()
     planted[:, :, 16] = 1 - planted[:, :, 15]
     assert seams_of(planted)["ratio"] > 1.1
+    # The label of head_of changes along no plane of the windows, and the hypotheses' ratio is not its business.
+    assert found["ratio_of_the_label"] == 0
+
+
+def test_slices_that_lie_farther_apart_are_no_seam(monkeypatch):
+    """Windows end along D alone, where labels change more: every plane of D alike."""
+    noise = np.random.default_rng(0).integers(0, 2, (8, 32, 16, 16)).astype(np.uint8)
+    noise[:] = noise[:, :, :1, :1]  # constant in each slice, drawn slice by slice
+    monkeypatch.setattr(volume.api, "examine", lambda *_, **__: {"hypotheses": noise})
+    found = volume.seams(trained_with((16, 16, 16)), head_of((32, 16, 16)))
+    assert found["windows"] == 3 and 0.6 < found["ratio"] < 1.5
 
 
 def test_windows_agree_with_the_whole_where_they_see_as_much():
