@@ -13,6 +13,7 @@ CONFLICT_THRESHOLD = 0.1
 SUPPORT_THRESHOLD = 0.1
 BOUNDARY_VOXELS = 2.0
 OUTLINE_VOXELS = 5.0
+OUTLINE_REACH = 10.0
 BLAME_NATS = 0.1  # what a scan argues against the label before a sentence says so
 ERROR_FLOOR = 0.05
 REVIEW_THRESHOLD = 0.2  # error probability from which a voxel is up for review
@@ -26,6 +27,7 @@ THRESHOLDS = {
     "cause_support": SUPPORT_THRESHOLD,
     "cause_boundary_voxels": BOUNDARY_VOXELS,
     "cause_outline_voxels": OUTLINE_VOXELS,
+    "cause_outline_reach_voxels": OUTLINE_REACH,
     "blame_nats": BLAME_NATS,
 }
 
@@ -72,7 +74,8 @@ def cause(
         1 missing input  no modality that is there supports any class (every s_mk <= .1), and one is not there
         2 conflict       kappa > .1
         3 ignorance      as 1, with every modality there
-        4 boundary       within 2 voxels of the delivered mask's border (`boundary_distance`, signed or not)
+        4 boundary       within 10 voxels of such an outline, or within 2 of the delivered mask's border
+                         (`boundary_distance`, signed or not)
         5 other
 
     shown: the modalities that are there, slice by slice (`preprocess.shown`). Scans that draw one outline a little
@@ -87,7 +90,7 @@ def cause(
         silent & ~there.all(axis=0),
         conflict > CONFLICT_THRESHOLD,
         silent,
-        np.abs(boundary_distance) <= BOUNDARY_VOXELS,
+        (outline <= OUTLINE_REACH) | (np.abs(boundary_distance) <= BOUNDARY_VOXELS),
     ]
     codes = np.select(conditions, [BOUNDARY, MISSING_INPUT, CONFLICT, IGNORANCE, BOUNDARY], OTHER)
     return np.where(body & (error_probability > ERROR_FLOOR), codes, NONE).astype(np.uint8)

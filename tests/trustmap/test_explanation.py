@@ -50,23 +50,23 @@ def run(present=(True, True, False), **changes):
 
 
 def test_cause_precedence():
-    shape = (1, 1, 9)
-    kappa = np.array([0.5, 0.5, 0.0, 0.0, 0.0, 0.5, 0.5, 0.5, 0.0]).reshape(shape)
+    shape = (1, 1, 11)
+    kappa = np.array([0.5, 0.5, 0.0, 0.0, 0.0, 0.5, 0.5, 0.5, 0.0, 0.0, 0.5]).reshape(shape)
     support = np.zeros((2, *shape, 2))
-    support[0, 0, 0, :, 1] = [0.9, 0.05, 0.05, 0.9, 0.9, 0.9, 0.9, 0.9, 0.05]
-    distance = np.array([1, 1, 1, -1.5, 5, 1, 1, 5, 5.0]).reshape(shape)
-    outline = np.array([6, np.inf, 6, 6, 6, 1, 1, 5, 5.0]).reshape(shape)
-    body = np.array([1, 1, 1, 1, 1, 0, 1, 1, 1], bool).reshape(shape)
-    error = np.array([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.01, 0.5, 0.5]).reshape(shape)
+    support[0, 0, 0, :, 1] = [0.9, 0.05, 0.05, 0.9, 0.9, 0.9, 0.9, 0.9, 0.05, 0.9, 0.9]
+    distance = np.array([1, 1, 1, -1.5, 5, 1, 1, 5, 5, 5, 5.0]).reshape(shape)
+    outline = np.array([11, np.inf, 11, 11, 11, 1, 1, 5, 5, 10, 10.0]).reshape(shape)
+    body = np.array([1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1], bool).reshape(shape)
+    error = np.array([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.01, 0.5, 0.5, 0.5, 0.5]).reshape(shape)
 
     def found(*shown: bool) -> list[int]:
         return cause(error, kappa, support, outline, distance, body, np.array(shown)[:, None]).ravel().tolist()
 
-    assert found(True, True) == [2, 2, 3, 4, 5, 0, 0, 4, 4]
-    assert found(True, False) == [2, 1, 1, 4, 5, 0, 0, 4, 4]
+    assert found(True, True) == [2, 2, 3, 4, 5, 0, 0, 4, 4, 4, 2]
+    assert found(True, False) == [2, 1, 1, 4, 5, 0, 0, 4, 4, 4, 2]
     # what an absent modality would have said does not count
     support[1] = 0.9
-    assert found(True, False) == [2, 1, 1, 4, 5, 0, 0, 4, 4]
+    assert found(True, False) == [2, 1, 1, 4, 5, 0, 0, 4, 4, 4, 2]
 
 
 def test_a_modality_that_ends_is_missing_where_it_ends():
