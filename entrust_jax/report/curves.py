@@ -245,10 +245,10 @@ def injection_figure(
     every = np.concatenate([one[:, len(doses)] for one in lines.values()])
     left.plot(1.06, every.mean(), "s", color=INK, markersize=5, label="the same in all modalities")
     left.plot([], [], "x", color=INK, label="a texture of equal energy")
-    left.set(xlim=(-0.03, 1.2), ylim=(0, None))
+    left.set(xlim=(-0.03, 1.2), ylim=(0, 1.45 * left.get_ylim()[1]))  # room for the legend
     left.set_xlabel("dose", fontsize=8, color=INK)
     left.set_ylabel("disagreement in the region, mean", fontsize=8, color=INK)
-    left.legend(frameon=False, fontsize=6.5)
+    left.legend(frameon=False, fontsize=6.5, loc="upper left")
     for at, (name, one) in enumerate(bars.items()):
         if one["value"] is None:
             continue
@@ -260,7 +260,7 @@ def injection_figure(
     right.axvline(aim, color=COLOURS[2], linewidth=1, linestyle=":")
     right.set_yticks(range(len(bars)), list(bars), fontsize=6.5)
     right.set(xlim=(0, 1), ylim=(len(bars) - 0.5, -0.5))
-    right.set_xlabel(f"AUROC, one modality against all (dotted: aim {aim:g})", fontsize=8, color=INK)
+    right.set_xlabel(f"AUROC (dotted: aim {aim:g})", fontsize=8, color=INK)
     for axis in (left, right):
         axis.tick_params(axis="x", labelsize=7, colors=INK)
         axis.spines[["top", "right"]].set_visible(False)
