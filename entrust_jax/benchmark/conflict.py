@@ -41,6 +41,7 @@ MEASURES = {
     "disagreement": "mean pairwise disagreement of the samples",
     "divergence": "mutual information between voxel and sample",
     "entropy": "entropy of the mean prediction",
+    "one-step entropy": "entropy of the one-step prediction p_1, which no sampling blurs",
     "conflict": "kappa",
 }
 SHOWN = 4  # cases in the picture
@@ -81,6 +82,8 @@ def said_of(raw: Mapping[str, Any]) -> Said:
     if unimodal is not None:
         doubt = np.mean(np.asarray(spread.entropy(jnp.asarray(unimodal))), axis=0)
     maps = {name: np.asarray(raw[name], np.float32) for name in MEASURES if name in raw}
+    if unimodal is not None:  # of EnTrust; the one step of a U-Net is its mean
+        maps["one-step entropy"] = np.asarray(spread.entropy(jnp.asarray(raw["one_step"])))
     return Said(maps, raw["label"], raw.get("hypotheses"), raw.get("attribution"), doubt)
 
 

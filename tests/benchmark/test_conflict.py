@@ -249,8 +249,8 @@ def test_a_run_writes_its_figures_for_networks_too(methods, config, tmp_path):
     written = json.loads((tmp_path / "conflict.json").read_text())
     assert written["left_out"] == [none.volume.name]
     assert set(written["measures"]) == {
-        "entrust: disagreement", "entrust: divergence", "entrust: entropy", "entrust: conflict", "unet: entropy",
-        "unet, augmented at test time: disagreement", "unet, augmented at test time: divergence",
+        "entrust: disagreement", "entrust: divergence", "entrust: entropy", "entrust: one-step entropy",
+        "entrust: conflict", "unet: entropy", "unet, augmented at test time: disagreement", "unet, augmented at test time: divergence",
         "unet, augmented at test time: entropy", "MC: disagreement", "MC: divergence", "MC: entropy",
     }  # fmt: skip
     assert written["measures"]["MC: divergence"]["line"][0] > 0
