@@ -248,11 +248,11 @@ def test_a_run_writes_its_figures_for_networks_too(methods, config, tmp_path):
     found = suite.run(methods, iter([none, *wanted]), tmp_path, {"command": "x"})
     written = json.loads((tmp_path / "conflict.json").read_text())
     assert written["left_out"] == [none.volume.name]
+    samples = ("disagreement", "divergence", "entropy")
     assert set(written["measures"]) == {
-        "entrust: disagreement", "entrust: divergence", "entrust: entropy", "entrust: one-step entropy",
-        "entrust: conflict", "unet: entropy", "unet, augmented at test time: disagreement", "unet, augmented at test time: divergence",
-        "unet, augmented at test time: entropy", "MC: disagreement", "MC: divergence", "MC: entropy",
-    }  # fmt: skip
+        *(f"{name}: {one}" for name in ("entrust", "unet, augmented at test time", "MC") for one in samples),
+        *("entrust: one-step entropy", "entrust: conflict", "unet: entropy"),
+    }
     assert written["measures"]["MC: divergence"]["line"][0] > 0
     assert len(written["rows"]) == written["injections"] == found["injections"]
     assert "| aim | value | met |" in (tmp_path / "conflict.md").read_text()

@@ -170,8 +170,8 @@ def rows(belief, seed=0, count=240, draws=16):
         found.append(
             {"patient": f"P{i % 12}", "kind": kind, "evidence": said.tolist(), "truth": truth, "posterior": exact,
              "belief": belief(said, exact), "disagreement": 2 * votes * (draws - votes) / (draws * (draws - 1)),
-             "divergence": np.nan, "entropy": np.nan, "one-step entropy": np.nan, "conflict": float(kind == "conflict"), "phi": phi.tolist(),
-             "hypotheses": draws}
+             "divergence": np.nan, "entropy": np.nan, "one-step entropy": np.nan,
+             "conflict": float(kind == "conflict"), "phi": phi.tolist(), "hypotheses": draws}
         )  # fmt: skip
     return found
 
