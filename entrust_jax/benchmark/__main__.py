@@ -4,7 +4,7 @@ python -m entrust_jax.benchmark --suite=latency --config=configs/glioma.py
 python -m entrust_jax.benchmark --suite=volume --config=configs/brats.py [--shape=155,240,240 | --workdir=W]
 python -m entrust_jax.benchmark --suite=compile --config=configs/brats.py --output=O
 python -m entrust_jax.benchmark --suite=trust --workdir=W --output=O [--patients=512] [--spoilt=64]
-python -m entrust_jax.benchmark --suite=subsets --workdir=W --output=O [--data_dir=D] [--split=test|all]
+python -m entrust_jax.benchmark --suite=subsets --workdir=W --output=O [--split=test|all] [--hypotheses=N]
 python -m entrust_jax.benchmark --suite=regions --workdir=W[,W2,...] --output=O [--data_dir=D] [--split=test|all]
 python -m entrust_jax.benchmark --suite=causes --workdir=W --output=O [--cases=N]
 python -m entrust_jax.benchmark --suite=conflict --workdir=W[,U,...] [--output=O] [--slices=N] [--hypotheses=N]
@@ -30,8 +30,9 @@ semisynthetic: makes a set of D's scans, in which each modality shows or hides a
 trained on with --config.data.layout=manifest --config.data.dir=O; then judges a model trained on it by the exact
 posterior.
 
---hypotheses (conflict, semisynthetic): so many hypotheses of a case, and passes of a U-Net with dropout, whatever the
-config says. What an AUROC can reach depends on them: 16 draws from the phantom's own law reach .84, 64 draws .98.
+--hypotheses (conflict, semisynthetic, subsets): so many hypotheses of a case, and passes of a U-Net with dropout,
+whatever the config says. What an AUROC can reach depends on them: 16 draws from the phantom's own law reach .84, 64
+draws .98.
 """
 
 import json
@@ -151,17 +152,20 @@ def trust_suite(config: Any) -> None:
 def subsets_suite(config: Any) -> None:
     """Writes subsets.json and subsets.md into --output, and prints the latter."""
     del config
-    from entrust_jax import evaluate
+    from entrust_jax import api, evaluate
     from entrust_jax.benchmark import subsets
     from entrust_jax.runtime import logs
 
     output = output_of("subsets")
     methods = evaluate.load_methods([Path(one_folder())])
+    if FLAGS.hypotheses:
+        methods = {name: api.with_hypotheses(trained, FLAGS.hypotheses) for name, trained in methods.items()}
     targets = evaluate.common_targets({name: trained.config for name, trained in methods.items()}, "glioma")
     volumes, _ = evaluate.read_volumes(methods, FLAGS.data_dir, FLAGS.split)
     ((name, trained),) = methods.items()
     about = {"command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]])}
     about |= {"code_version": logs.code_version(), "calibrator": trained.rung}
+    about |= {"hypotheses": trained.config.diffusion.hypotheses}
     subsets.run(trained, volumes[name], targets, output, about)
     print((output / "subsets.md").read_text())
 
@@ -315,7 +319,9 @@ if __name__ == "__main__":
         "slices", None, f"Slices of a scan that are changed; conflict: {SLICES}, semisynthetic: all if left out.",
         lower_bound=1,
     )  # fmt: skip
-    flags.DEFINE_integer("hypotheses", None, "conflict, semisynthetic: as the config says if left out.", lower_bound=2)
+    flags.DEFINE_integer(
+        "hypotheses", None, "conflict, semisynthetic, subsets: as the config says if left out.", lower_bound=2
+    )
     flags.DEFINE_integer("draws", 4, "semisynthetic: cases made of each scan.", lower_bound=1)
     flags.DEFINE_list("reliability", [], "semisynthetic: one for each modality; what the aim allows if left out.")
     config_flags.DEFINE_config_file("config", "configs/phantom.py", "Config of the suite.", lock_config=True)
