@@ -13,6 +13,7 @@ from entrust_jax import model as entrust
 from entrust_jax.benchmark import ablations, acceptance, references
 from entrust_jax.benchmark import phantom as suite
 from entrust_jax.data import phantom
+from entrust_jax.enfuse import conflict
 from entrust_jax.errors import UserError
 from entrust_jax.layers import apply
 from entrust_jax.segdiff import sampler
@@ -66,7 +67,8 @@ def fused_by(config, variant):
     networks = [suite.own_network(config, ablations.ABLATIONS[v]) for v in (variant, ablations.REFERENCE)]
     key = jax.random.key(0)
     shapes = jax.eval_shape(networks[1].init, {"params": key, "dropout": key}, BATCH, key)
-    params = jax.tree.map(lambda x: 0.5 * some(*x.shape), shapes)
+    leaves, tree = jax.tree.flatten(shapes)  # seed by seed: stems of one seed would be one, and hardly ever in conflict
+    params = jax.tree.unflatten(tree, [0.5 * some(*x.shape, seed=i) for i, x in enumerate(leaves)])
     found = []
     for network in networks:
         evidence = apply(
@@ -224,6 +226,14 @@ def test_noise_is_hot_in_conflict_and_only_while_asked(method):
 
 def test_a_run_goes_from_training_to_table_and_repeats_nothing(config, tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "STEPS", (2, 16))
+    learnt = conflict.pair_conflict
+
+    def planted(s, availability):  # two steps teach none
+        kappa, contested = learnt(s, availability)
+        first, second = conflict.pairs(s.shape[1]).T
+        return kappa + 0.3 * availability[:, first] * availability[:, second], contested
+
+    monkeypatch.setattr(conflict, "pair_conflict", planted)
     names = [ablations.REFERENCE, "A5 head sees entropy alone", "A8 temperature by conflict"]
     summary = suite.run(config, tmp_path, names, 1, 6)
     written = json.loads((tmp_path / "summary.json").read_text())

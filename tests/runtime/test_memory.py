@@ -19,7 +19,7 @@ def held() -> int:
 
 def test_the_peak_stays_after_memory_is_freed():
     before = memory.peak()
-    block = np.ones((before - held() + (64 << 20)) // 8)
+    block = np.ones((before - held() + (512 << 20)) // 8)  # others may give some back meanwhile
     most = memory.peak()
     del block
     assert most >= before + (50 << 20) and memory.peak() >= most
