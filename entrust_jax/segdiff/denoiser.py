@@ -5,7 +5,10 @@ All modality work is done once: the condition enters as per-scale sums computed 
     a_s = W_c' F_c + W_u' sum_m P_m F_u,m + W_f' F_cf        G_s = Gf F_cf (zero at initialisation)
     at a block's entry h <- conv(h) + a_s;   inside h <- h + conv(silu(norm(h)(1 + gamma(lambda) + G_s) + beta(lambda)))
 
-so that neither steps nor hypotheses repeat it. Equations: ours; spatial modulation as in SPADE (Park et al. 2019).
+so that neither steps nor hypotheses repeat it. A structure of n voxels is decided where noise hides each of its voxels
+(`schedule.decision_log_snr`), so every scale is given what the noisy mask says of its own, coarser, voxels: their mean
+times the root of their number, noise of unit variance again. Equations: ours; spatial modulation as in SPADE (Park et
+al. 2019).
 """
 
 import math
@@ -22,6 +25,7 @@ from entrust_jax.layers import (
     background_bias,
     block,
     body_at_scales,
+    cumulated,
     depth_to_space,
     embed_log_snr,
     pool,
@@ -29,7 +33,7 @@ from entrust_jax.layers import (
     space_to_depth,
     upsample_linear,
 )
-from entrust_jax.segdiff.schedule import input_scale, own_evidence
+from entrust_jax.segdiff.schedule import input_scale, own_evidence, per_case
 
 
 # Its shapes are not checked at run time: JAX rebuilds a pytree with other leaves (numpy arrays, shardings).
@@ -107,17 +111,21 @@ class Denoiser(nn.Module):
         What the voxel's own noisy value says is added exactly, so the network learns the rest: without it a short
         training has not learnt to copy by the last steps, where little else is asked.
         """
-        scale = input_scale(log_snr, self.b)
         body = body_at_scales(condition.body.astype(self.compute), self.strides)
-        seen = x_t * condition.body[..., None] * scale.reshape(-1, *(1,) * (x_t.ndim - 1))
+        inside = x_t * condition.body[..., None]
+        seen = inside * per_case(input_scale(log_snr, self.b), x_t.ndim)
         h = space_to_depth(seen.astype(self.compute), self.strides[0])
         e = nn.Dense(self.d_embedding)(embed_log_snr(log_snr, self.d_embedding)) + condition.embedding
         e = nn.silu(nn.Dense(self.d_embedding)(nn.silu(e)))
 
         Block = block(self.remat)
         skips = []
-        for s, width in enumerate(self.widths):
-            h = (Conv(width, name=f"enter_{s}")(pool(h, self.strides[s]) if s else h) + condition.a[s]) * body[s]
+        for s, (width, factor) in enumerate(zip(self.widths, cumulated(self.strides), strict=True)):
+            if s:
+                root = math.sqrt(math.prod(factor))
+                seen = pool(inside, factor) * per_case(root * input_scale(log_snr, root * self.b), x_t.ndim)
+                h = jnp.concatenate([pool(h, self.strides[s]), seen.astype(self.compute)], axis=-1)
+            h = (Conv(width, name=f"enter_{s}")(h) + condition.a[s]) * body[s]
             h = Block(name=f"down_{s}_0")(h, body[s], e, condition.modulation[s])
             h = Block(name=f"down_{s}_1")(h, body[s], e, condition.modulation[s])
             skips.append(h)
