@@ -35,12 +35,15 @@ ADDED = {
         "spacing": [],
         "drop_copies": False,
         "names": {},
+        "window": [],
         "augmentation": {"affine": 0.0, "shift": 0.0, "gamma": 0.0, "bias": 0.0, "ghosting": 0.0, "noise": 0.0},
     },
     "model": {"strides": [], "compute": "float32", "remat": False},
     "trust": {"fnr": 0.1, "fdr": 0.1, "coverage": 0.9},
     "unet": {"dropout": 0.0, "passes": 16},
 }
+# Raised where trained parameters no longer mean what they did. 2: the denoiser sees the noisy mask at every scale.
+FORMATS = {"entrust": 2, "unet": 1, "deep_ensemble": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +105,31 @@ def read_config(workdir: Path) -> ConfigDict:
         raise UserError(f"{path}: is damaged ({error}); restore it or train into a new working folder") from None
 
 
+def check_format(workdir: Path, method: str) -> None:
+    """Raises UserError for a folder whose network this version would read wrongly."""
+    path, wanted = workdir / "version.json", FORMATS[method]
+    try:
+        version = json.loads(path.read_text()) if path.exists() else {}
+        found, commit = int(version.get("format", 1)), version.get("commit", "unknown")
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: is damaged ({error}); restore it or train into a new working folder") from None
+    if found != wanted:
+        which = "an earlier" if found < wanted else "a later"
+        raise UserError(
+            f"{workdir}: was trained by {which} version of entrust_jax, whose networks have format {found} (commit "
+            f"{commit}); this one reads {wanted}: train again into a new working folder, or use that version"
+        )
+
+
 def load(workdir: Path | str) -> Trained:
     """Loads a finished working folder: EMA parameters of `best`, threshold and calibrator.
 
     Raises:
-      UserError: no such folder, training not finished, a damaged or foreign checkpoint.
+      UserError: no such folder, training not finished, a damaged or foreign checkpoint, a folder of another version.
     """
     workdir = Path(workdir)
     config: Any = read_config(workdir)
+    check_format(workdir, config.method)
     meta_path, values = workdir / "calibration.json", workdir / "calibration.npz"
     if not (meta_path.exists() and values.exists()):
         raise UserError(

@@ -61,9 +61,9 @@ def volumetric(config: Any) -> bool:
 
 
 def extent(config: Any) -> dict[str, Any]:
-    """How a whole scan goes through the network: windows of its patch, or slices padded to a multiple."""
+    """How a whole scan goes through the network: windows, or slices padded to a multiple."""
     if volumetric(config):
-        return {"window": tuple(config.data.patch), "unit": coarsest(config)}
+        return {"window": tuple(config.data.window or config.data.patch), "unit": coarsest(config)}
     return {"multiple": multiple(config)}
 
 

@@ -116,9 +116,10 @@ def check(workdir: Path, config: Any) -> None:
     check_values(config)
     data, side = config.data, networks.coarsest(config)
     unplanned = networks.volumetric(config) and not config.model.strides  # whatever they will be, they divide the patch
-    if not unplanned and any(size % unit for size, unit in zip(data.patch, side, strict=True)):
-        words = " x ".join(map(str, side))
-        raise UserError(f"config.data.patch is {tuple(data.patch)}; give multiples of {words}, for the coarsest scale")
+    for name in ("patch", "window"):
+        if not unplanned and data[name] and any(size % unit for size, unit in zip(data[name], side, strict=True)):
+            words, value = " x ".join(map(str, side)), tuple(data[name])
+            raise UserError(f"config.data.{name} is {value}; give multiples of {words}, for the coarsest scale")
     if data.reference not in data.modalities:
         raise UserError(f"config.data.reference is {data.reference!r}; set it to one of {', '.join(data.modalities)}")
     path = workdir / "config.json"
@@ -139,13 +140,14 @@ def check(workdir: Path, config: Any) -> None:
                 f"{path}: was trained with {key}={then.get(key)!r}, this config has {now.get(key)!r}"
                 f" ({len(changed)} keys differ); use the same config to go on, or another --workdir"
             )
+        api.check_format(workdir, config.method)
 
 
 def claim(workdir: Path, config: Any) -> None:
     """Writes what the folder is for, once nothing can be wrong with config or data: from here on it has one config."""
     logs.write_json(workdir / "config.json", json.loads(config.to_json()))
     if not (workdir / "version.json").exists():  # of the code that trained, not of one that looks on later
-        logs.write_json(workdir / "version.json", logs.code_version())
+        logs.write_json(workdir / "version.json", {"format": api.FORMATS[config.method]} | logs.code_version())
 
 
 def print_plan(config: Any, stages: list[Stage], programs: dict[str, Compiled], devices: Any, workdir: Path) -> None:

@@ -434,7 +434,7 @@ def examine(
 ) -> Raw:
     """`inference.examine` for a network on D H W: the same maps of the same scan, and its `slices` for calibration.
 
-    window: the training patch. unit: voxels along each axis of one voxel of the network's coarsest scale.
+    window: what the network sees at once. unit: voxels along each axis of one voxel of the network's coarsest scale.
     """
     static = {"model": model, "sampler": sampler, "mesh": mesh}
     memory.give_back()  # of the scan before

@@ -69,6 +69,28 @@ def test_a_folder_from_before_a_key_was_added_goes_on(ensemble, trained, tmp_pat
     assert json.loads(api.read_config(tmp_path).to_json()) == json.loads((ensemble.workdir / "config.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{}", None),  # of before there were formats
+        (
+            '{"format": 2, "commit": "abc"}',
+            r"run: was trained by a later version.*format 2 .*abc.*train again",
+        ),
+        ('{"format": 0}', "an earlier version"),
+        ("{", r"version\.json: is damaged"),
+        ("[]", r"version\.json: is damaged"),
+    ],
+)
+def test_a_folder_of_another_version_is_not_read_wrongly(folder, text, said):
+    (folder / "version.json").write_text(text)
+    if said is None:
+        api.load(folder)
+        return
+    with pytest.raises(UserError, match=said):
+        api.load(folder)
+
+
 @pytest.mark.parametrize("text", ["[]", "{}", '{"name": "x"}', "{"])
 def test_a_config_that_is_none_is_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text)

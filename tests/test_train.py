@@ -346,6 +346,7 @@ def test_empty_masks_alone_are_not_trained_on(scans, tmp_path):
         ("data.patch", (0, 0), "data.patch"),
         ("data.patch", (8, 8, 8, 8), "data.patch"),
         ("data.patch", (100, 100), "multiples of 16 x 16"),
+        ("data.window", (8, 96, 96), "slices have none"),
         ("data.classes", ("a", "b", "c"), "label_map"),
         ("data.label_map", ((0, 0), (1, 1), (2, 5)), "label_map"),
         ("data.label_map", (), "label_map"),
@@ -371,6 +372,11 @@ def test_strides_of_volumes_are_planned_once_and_kept(scans, tmp_path, capsys):
     assert len(found.model.strides) == len(scans.model.widths) and not scans.model.strides
     assert "planned strides along D x H x W, from the spacing" in capsys.readouterr().out
     train.check(tmp_path / "w", found)
+    for window, said in (((4, 16, 17), r"data\.window is .*give multiples of"), ((2, 16, 16), "none less than")):
+        other = found.copy_and_resolve_references()
+        other.data.window = window
+        with pytest.raises(UserError, match=said):
+            train.check(tmp_path / "w", other)
     train.claim(tmp_path / "w", found)
     again = train.planned(scans, tmp_path / "w")
     assert again.model.strides == found.model.strides and not capsys.readouterr().out

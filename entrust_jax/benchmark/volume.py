@@ -79,7 +79,7 @@ def measure(config: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
         "steps": config.diffusion.steps,
         "device": f"{devices.size} x {jax.devices()[0].device_kind}",
         "windows": estimate["windows"],
-        "window": list(config.data.patch),
+        "window": list(estimate["window"]),
         "seconds_with_compilation": seconds[0],
         "seconds": seconds[1],
         "resting_gb": resting / GIGABYTE,

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from entrust_jax.layers import (
     Conv,
+    Factor,
     Strides,
     background_bias,
     block,
@@ -85,6 +86,16 @@ class Projection(nn.Module):
         return Projections(tuple(a), tuple(modulation), present @ e, body)
 
 
+def seen_at(x_t: Float[Array, "b *s k"], log_snr: Float[Array, " b"], b: float, factor: Factor = ()) -> Array:
+    """The noisy mask in voxels of n = prod(factor) of its own, [b *t k]: their mean, times sqrt(n / (alpha^2 b^2 n +
+
+    sigma^2)). Noise and uniform masks have unit second moment, and what tells two uniform masks apart stands
+    2 alpha b sqrt(n) / sigma above the noise, as nowhere in a voxel alone.
+    """
+    root = math.sqrt(math.prod(factor))
+    return pool(x_t, factor) * per_case(root * input_scale(log_snr, root * b), x_t.ndim)
+
+
 class Denoiser(nn.Module):
     """Den(x_t, lambda, condition) -> logits of x_0.
 
@@ -113,8 +124,7 @@ class Denoiser(nn.Module):
         """
         body = body_at_scales(condition.body.astype(self.compute), self.strides)
         inside = x_t * condition.body[..., None]
-        seen = inside * per_case(input_scale(log_snr, self.b), x_t.ndim)
-        h = space_to_depth(seen.astype(self.compute), self.strides[0])
+        h = space_to_depth(seen_at(inside, log_snr, self.b).astype(self.compute), self.strides[0])
         e = nn.Dense(self.d_embedding)(embed_log_snr(log_snr, self.d_embedding)) + condition.embedding
         e = nn.silu(nn.Dense(self.d_embedding)(nn.silu(e)))
 
@@ -122,9 +132,8 @@ class Denoiser(nn.Module):
         skips = []
         for s, (width, factor) in enumerate(zip(self.widths, cumulated(self.strides), strict=True)):
             if s:
-                root = math.sqrt(math.prod(factor))
-                seen = pool(inside, factor) * per_case(root * input_scale(log_snr, root * self.b), x_t.ndim)
-                h = jnp.concatenate([pool(h, self.strides[s]), seen.astype(self.compute)], axis=-1)
+                seen = seen_at(inside, log_snr, self.b, factor).astype(self.compute)
+                h = jnp.concatenate([pool(h, self.strides[s]), seen], axis=-1)
             h = (Conv(width, name=f"enter_{s}")(h) + condition.a[s]) * body[s]
             h = Block(name=f"down_{s}_0")(h, body[s], e, condition.modulation[s])
             h = Block(name=f"down_{s}_1")(h, body[s], e, condition.modulation[s])

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from entrust_jax import inference
 from entrust_jax.data import augment, intensity, layouts, preprocess, resampling
 from entrust_jax.errors import UserError
@@ -32,6 +34,11 @@ def check_values(config: Any) -> None:
         raise UserError(
             f"config.data.patch is {data.patch}; give the height and width of the training patches, or depth, height "
             "and width to train on volumes"
+        )
+    if data.window and (len(data.patch) != 3 or len(data.window) != 3 or np.any(np.less(data.window, data.patch))):
+        raise UserError(
+            f"config.data.window is {tuple(data.window)}; give the depth, height and width of a window, none less than "
+            f"of the patch {tuple(data.patch)}, or () for windows of that size; slices have none"
         )
     layouts.known_names(tuple(data.modalities), data.names.to_dict())
     output.label_values(data.label_map, len(data.classes))

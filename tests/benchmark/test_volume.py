@@ -81,7 +81,7 @@ def test_slices_that_lie_farther_apart_are_no_seam(monkeypatch):
 
 
 def test_windows_agree_with_the_whole_where_they_see_as_much():
-    """One window that holds the body says the same to rounding; small ones do not."""
+    """One window that holds the body says the same to rounding, whatever the patch was; small ones do not."""
     sizes = {"widths": (4, 8), "d_c": 4, "d_u": 4, "strides": ((1, 2, 2), (2, 2, 2))}
     head = head_of((4, 16, 32))
     trained = trained_with((4, 16, 32), **sizes)
@@ -91,4 +91,6 @@ def test_windows_agree_with_the_whole_where_they_see_as_much():
     trained = trained_with((4, 16, 16), trained.params, **sizes)
     apart = list(volume.agreement(trained, trained.network, head))
     assert max(row["difference"] for row in apart) > 1e-4
+    trained.config.data.window = (4, 16, 32)
+    assert max(row["difference"] for row in volume.agreement(trained, trained.network, head)) < 1e-5
     assert all(row["away"] >= 0 and 0 <= row["close"] <= 1 for row in apart)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from entrust_jax.layers import apply
-from entrust_jax.segdiff.denoiser import Denoiser, Projection, Projections
+from entrust_jax.segdiff.denoiser import Denoiser, Projection, Projections, seen_at
+from entrust_jax.segdiff.schedule import decision_log_snr, diffuse
 
 B, M, K, WIDTHS = 2, 3, 3, (4, 8)
 DENOISER = Denoiser(K, WIDTHS, b=0.2, strides=((2, 2), (2, 2)), d_embedding=8)
@@ -70,6 +71,31 @@ def test_starts_at_the_background():
     own = (2 * np.sqrt(alpha2) * DENOISER.b / sigma2)[:, None, None, None] * X
     logits = denoise(init, X, LOG_SNR, condition_of())
     np.testing.assert_allclose(logits, np.array([3.0, 0, 0]) + own, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [(1, 1), (2, 2), (8, 4)])
+def test_a_scale_sees_what_its_voxels_say_together(factor):
+    """Two uniform masks stand apart by 2 alpha b sqrt(n) / sigma of it: 5 where n values are decided."""
+    n, b = int(np.prod(factor)), 0.2
+    log_snr = decision_log_snr(n, b)[None]
+    noise = jnp.asarray(some(1, 160, 160, 1))
+    mask = jnp.ones_like(noise)
+    low, high = (seen_at(diffuse(s * b * mask, log_snr, noise), log_snr, b, factor) for s in (-1, 1))
+    high, low, alone = (np.asarray(x) for x in (high, low, seen_at(noise, jnp.full(1, -12.0), b, factor)))
+    assert np.mean(high - low) / np.std(high) == pytest.approx(5, rel=0.05)
+    assert np.mean(np.square(high)) == pytest.approx(1, rel=0.1)
+    assert np.std(alone) == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize(("deaf", "hears"), [(WIDTHS[0], True), (WIDTHS[0] + K, False)])
+def test_every_scale_hears_of_a_mask_that_no_voxel_shows(params, deaf, hears):
+    """Without scale 0's own input, and what it hands down, scale 1 still tells one noisy mask from another."""
+    others = jax.tree.map(np.array, params)
+    others["params"]["enter_0"]["Conv_0"]["kernel"][:] = 0
+    others["params"]["enter_1"]["Conv_0"]["kernel"][..., :deaf, :] = 0
+    noise = np.full(B, -12, np.float32)
+    low, high = (denoise(others, s * 0.01 * np.ones_like(X), noise, condition_of()) for s in (-1, 1))
+    assert (np.max(np.abs(high - low)) > 1e-3) == hears
 
 
 def test_conflict_does_not_modulate_at_the_start(params):
