@@ -112,7 +112,7 @@ def volume_suite(config: Any) -> None:
     from entrust_jax.benchmark import volume
 
     if FLAGS.workdir:
-        trained = api.load(one_folder())
+        trained = volume.with_windows(api.load(one_folder()), FLAGS.window)
         cases, _ = api.read_cases(trained)
         found: Any = [volume.trace_of_windows(trained, one) for one in cases]
     else:
@@ -297,6 +297,7 @@ if __name__ == "__main__":
     names += ["causes", "conflict", "semisynthetic"]
     flags.DEFINE_enum("suite", "phantom", names, "What to measure.")
     flags.DEFINE_list("shape", ["155", "240", "240"], "volume: voxels of the scan along D, H, W.")
+    flags.DEFINE_list("window", [], "volume: voxels of a trained model's windows along D, H, W; its own if left out.")
     flags.DEFINE_string("output", None, "Folder for the results, or for the set.")
     flags.DEFINE_integer("patients", 512, "trust: patients whose guarantees are tried, of a phantom.", lower_bound=1)
     flags.DEFINE_integer("spoilt", 64, "trust: test cases whose scans are spoilt, at most.", lower_bound=1)

@@ -12,6 +12,7 @@ import made_up
 from configs import phantom
 from entrust_jax import api, model, networks
 from entrust_jax.benchmark import volume
+from entrust_jax.errors import UserError
 from entrust_jax.runtime.mesh import data_mesh
 
 
@@ -94,3 +95,18 @@ def test_windows_agree_with_the_whole_where_they_see_as_much():
     trained.config.data.window = (4, 16, 32)
     assert max(row["difference"] for row in volume.agreement(trained, trained.network, head)) < 1e-5
     assert all(row["away"] >= 0 and 0 <= row["close"] <= 1 for row in apart)
+
+
+def test_other_windows_are_asked_for_by_size():
+    trained = trained_with((4, 16, 16), widths=(4, 8), d_c=4, d_u=4, strides=((1, 2, 2), (2, 2, 2)))
+    other = volume.with_windows(trained, ["4", "16", "32"])
+    assert networks.extent(other.config)["window"] == (4, 16, 32) and networks.extent(trained.config)["window"][2] == 16
+    assert volume.with_windows(trained, []) is trained
+    for sizes in (["4", "16"], ["4", "16", "17"], ["4", "16", "x"], ["0", "16", "16"], ["4", "-16", "16"]):
+        with pytest.raises(UserError, match=r"--window=.*multiples of 2 x 4 x 4"):
+            volume.with_windows(trained, sizes)
+
+
+def test_slices_have_no_windows():
+    with pytest.raises(UserError, match="holds a model of slices"):
+        volume.trace_of_windows(trained_with((16, 16)), head_of((4, 16, 16)))
