@@ -32,9 +32,12 @@ from entrust_jax.layers import (
     pool,
     rms_norm,
     space_to_depth,
+    upsample,
     upsample_linear,
 )
 from entrust_jax.segdiff.schedule import input_scale, own_evidence, per_case
+
+BOUND = 4.0  # nats: a block's evidence at most
 
 
 # Its shapes are not checked at run time: JAX rebuilds a pytree with other leaves (numpy arrays, shardings).
@@ -96,6 +99,14 @@ def seen_at(x_t: Float[Array, "b *s k"], log_snr: Float[Array, " b"], b: float, 
     return pool(x_t, factor) * per_case(root * input_scale(log_snr, root * b), x_t.ndim)
 
 
+def evidence_around(own: Float[Array, "b *s k"], factor: Factor) -> Float[Array, "b *t k"]:
+    """What the voxels of a block of `factor` say together, each by its noisy value (`schedule.own_evidence`), as logits
+
+    of their common class, were it one: BOUND tanh(sum / BOUND), for where it is not one a sum of thousands is false.
+    """
+    return BOUND * jnp.tanh(math.prod(factor) * pool(own, factor) / BOUND)
+
+
 class Denoiser(nn.Module):
     """Den(x_t, lambda, condition) -> logits of x_0.
 
@@ -143,12 +154,15 @@ class Denoiser(nn.Module):
             h = (h + Conv(self.widths[s], 1, name=f"lateral_{s}")(skips[s])) * body[s]
             h = Block(name=f"top_{s}")(h, body[s], e, condition.modulation[s])
         copies = math.prod(self.strides[0])
-        last = Conv(
-            self.classes * copies,
-            kernel_init=nn.initializers.zeros_init(),
-            bias_init=background_bias(self.classes, copies),
-            dtype=jnp.float32,
-            name="logits",
-        )(nn.silu(rms_norm(h)))
+        h, zeros = nn.silu(rms_norm(h)), nn.initializers.zeros_init()
+        bias = background_bias(self.classes, copies)
+        last = Conv(self.classes * copies, kernel_init=zeros, bias_init=bias, dtype=jnp.float32, name="logits")(h)
         rest = depth_to_space(last, self.strides[0])
-        return rest + own_evidence(x_t, log_snr, self.b)
+        own = own_evidence(x_t, log_snr, self.b)
+        reach = Conv(len(self.widths), 1, kernel_init=zeros, dtype=jnp.float32, name="reach")(h)
+        around = jnp.zeros(())
+        for s, factor in enumerate(cumulated(self.strides)):
+            evidence = evidence_around(own * condition.body[..., None], factor)
+            to_first = tuple(n // one for n, one in zip(factor, self.strides[0], strict=True))
+            around = around + reach[..., s, None] * upsample_linear(evidence, to_first)
+        return rest + own + upsample(around, self.strides[0])
