@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from entrust_jax.layers import apply
-from entrust_jax.segdiff.denoiser import Denoiser, Projection, Projections, seen_at
-from entrust_jax.segdiff.schedule import decision_log_snr, diffuse
+from entrust_jax.segdiff.denoiser import BOUND, Denoiser, Projection, Projections, evidence_around, seen_at
+from entrust_jax.segdiff.schedule import alpha_sigma, decision_log_snr, diffuse, own_evidence
 
 B, M, K, WIDTHS = 2, 3, 3, (4, 8)
 DENOISER = Denoiser(K, WIDTHS, b=0.2, strides=((2, 2), (2, 2)), d_embedding=8)
@@ -96,6 +96,34 @@ def test_every_scale_hears_of_a_mask_that_no_voxel_shows(params, deaf, hears):
     noise = np.full(B, -12, np.float32)
     low, high = (denoise(others, s * 0.01 * np.ones_like(X), noise, condition_of()) for s in (-1, 1))
     assert (np.max(np.abs(high - low)) > 1e-3) == hears
+
+
+def test_a_block_says_what_its_voxels_say_together_and_no_more_than_it_may():
+    """The log odds of a mask that is one or the other as a whole, while they are small; BOUND of them where not."""
+    x, log_snr, b = jnp.asarray(some(1, 4, 4, 2)), jnp.full(1, -3.0), 0.05
+    mask = np.broadcast_to([-b, b], x.shape)  # foreground; background is its negative
+    alpha, sigma = (np.asarray(v).item() for v in alpha_sigma(log_snr))
+    fit = [-0.5 * np.sum(np.square(np.asarray(x) - alpha * sign * mask)) / sigma**2 for sign in (-1, 1)]
+    own = own_evidence(x, log_snr, b)
+    said = evidence_around(own, (4, 4))
+    assert said.shape == (1, 1, 1, 2)
+    # Two channels, each of which says half of it: what a voxel adds to the logits of foreground and background.
+    assert (said[0, 0, 0, 1] - said[0, 0, 0, 0]).item() == pytest.approx(fit[1] - fit[0], rel=0.02)
+    assert np.max(np.abs(evidence_around(1000 * own, (4, 4)))) <= BOUND
+
+
+def test_the_reach_decides_how_far_a_neighbour_is_heard(params):
+    """A voxel's logits move with another's noisy value as far as the reach of the scale in which both are one."""
+    others = jax.tree.map(np.zeros_like, params)
+    moved = np.zeros_like(X)
+    moved[0, 0, 0, 1] = 0.5
+    for s, block in enumerate((2, 4)):
+        (layer,) = others["params"]["reach"].values()
+        layer["bias"][:] = np.eye(2)[s]
+        noise = np.full(B, -3, np.float32)
+        near, far = (denoise(others, x, noise, condition_of()) for x in (moved, np.zeros_like(X)))
+        change = np.abs(near - far)[0].max(-1)
+        assert change[block - 1, block - 1] > 0.01 and change[-1, -1] < 1e-6, (s, change)
 
 
 def test_conflict_does_not_modulate_at_the_start(params):
