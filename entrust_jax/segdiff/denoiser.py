@@ -163,6 +163,7 @@ class Denoiser(nn.Module):
         around = jnp.zeros(())
         for s, factor in enumerate(cumulated(self.strides)):
             evidence = evidence_around(own * condition.body[..., None], factor)
-            to_first = tuple(n // one for n, one in zip(factor, self.strides[0], strict=True))
-            around = around + reach[..., s, None] * upsample_linear(evidence, to_first)
+            for finer in reversed(range(s)):
+                evidence = upsample_linear(evidence, self.strides[finer + 1]) * body[finer]
+            around = around + reach[..., s, None] * evidence
         return rest + own + upsample(around, self.strides[0])
