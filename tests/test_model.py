@@ -607,6 +607,7 @@ def test_validation_figures_belong_to_their_cases(params):
     p = params["params"]
     last = p["denoiser"]["logits"]["Conv_0"]
     start = {"logits": {"Conv_0": {"kernel": 0 * last["kernel"], "bias": np.tile(np.float32([3, 0, 0]), 4)}}}
+    start["reach"] = jax.tree.map(np.zeros_like, p["denoiser"]["reach"])
     found = check({"params": p | {"denoiser": p["denoiser"] | start}}, batch, levels, key)[0]
 
     @jax.jit
