@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> Any:
         config.data.patch = (16, 96, 96)
         config.model.update(widths=(8, 16, 24, 32), d_c=8, d_u=4)
         config.unet.widths = (8, 16, 24, 32)
-        config.diffusion.update(b=0.07, lambda_min=-15.0, hypotheses=8)
+        config.diffusion.update(b=0.02, lambda_min=-12.0, lambda_max=11.5, hypotheses=8)  # masses of some 10,000 voxels
         config.train.update(batch=2, enfuse_steps=120, segdiff_steps=300, unet_steps=420, val_slices=16)
     elif arg:
         raise UserError(f"sarcoma has no variant {arg!r}; leave it out or use 'volumes'")
