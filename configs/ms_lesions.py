@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> Any:
     config.diffusion.b = 0.2  # 2.5 / sqrt(2 n): small lesions, hence evaluate with --lesions=metastases
     if arg == "volumes":
         config.data.patch = (32, 64, 64)
-        config.data.window = (64, 176, 128)  # three for a brain without skull at 1 mm, 84 as large as the patch
+        config.data.window = (64, 176, 128)  # few windows for a brain without skull at 1 mm
         config.model.update(widths=(8, 16, 24, 32), d_c=8, d_u=4)
         config.unet.widths = (8, 16, 24, 32)
         config.diffusion.update(b=0.1, lambda_min=-15.0, hypotheses=8)

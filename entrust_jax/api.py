@@ -42,7 +42,8 @@ ADDED = {
     "trust": {"fnr": 0.1, "fdr": 0.1, "coverage": 0.9},
     "unet": {"dropout": 0.0, "passes": 16},
 }
-# Raised where trained parameters no longer mean what they did. 2: the denoiser sees the noisy mask at every scale.
+# Raised where trained parameters no longer mean what they did. 2: the denoiser sees and hears the noisy mask at every
+# scale (`seen_at`, `evidence_around`).
 FORMATS = {"entrust": 2, "unet": 1, "deep_ensemble": 1}
 
 
@@ -106,7 +107,9 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def check_format(workdir: Path, method: str) -> None:
-    """Raises UserError for a folder whose network this version would read wrongly."""
+    """Raises UserError for a folder whose network this version would read wrongly, or does not know."""
+    if method not in FORMATS:
+        raise UserError(f"{workdir / 'config.json'}: has method {method!r}, this version knows {', '.join(FORMATS)}")
     path, wanted = workdir / "version.json", FORMATS[method]
     try:
         version = json.loads(path.read_text()) if path.exists() else {}

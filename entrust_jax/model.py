@@ -58,6 +58,7 @@ class EnTrust(nn.Module):
     remat: bool = False
 
     fusion_module: ClassVar[type[Fusion]] = Fusion
+    denoiser_module: ClassVar[type[Denoiser]] = Denoiser
 
     def setup(self) -> None:
         self.encoder = Encoder(
@@ -74,7 +75,7 @@ class EnTrust(nn.Module):
         self.fusion = self.fusion_module(self.d_c, self.strides)
         self.auxiliary = Auxiliary(self.classes, self.strides)
         self.projection = Projection(self.widths, 64)
-        self.denoiser = Denoiser(
+        self.denoiser = self.denoiser_module(
             self.classes, self.widths, self.b, self.strides, compute=self.compute, remat=self.remat
         )
 

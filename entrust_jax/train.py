@@ -115,7 +115,7 @@ def check(workdir: Path, config: Any) -> None:
         raise UserError(f"config.method is {config.method!r}; set it to one of {', '.join(NETWORK_STAGES)}")
     check_values(config)
     data, side = config.data, networks.coarsest(config)
-    unplanned = networks.volumetric(config) and not config.model.strides  # whatever they will be, they divide the patch
+    unplanned = networks.volumetric(config) and not config.model.strides  # `planned` plans them where there is data
     for name in ("patch", "window"):
         if not unplanned and data[name] and any(size % unit for size, unit in zip(data[name], side, strict=True)):
             words, value = " x ".join(map(str, side)), tuple(data[name])
@@ -130,6 +130,7 @@ def check(workdir: Path, config: Any) -> None:
         )
     if path.exists():
         old, values = json.loads(api.read_config(workdir).to_json()), json.loads(config.to_json())
+        api.check_format(workdir, old["method"])
         then, now = api.flat(old), api.flat(values)
         changed = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
         # The data may have moved, and what is promised is found anew without training.
@@ -140,14 +141,14 @@ def check(workdir: Path, config: Any) -> None:
                 f"{path}: was trained with {key}={then.get(key)!r}, this config has {now.get(key)!r}"
                 f" ({len(changed)} keys differ); use the same config to go on, or another --workdir"
             )
-        api.check_format(workdir, config.method)
 
 
 def claim(workdir: Path, config: Any) -> None:
     """Writes what the folder is for, once nothing can be wrong with config or data: from here on it has one config."""
-    logs.write_json(workdir / "config.json", json.loads(config.to_json()))
-    if not (workdir / "version.json").exists():  # of the code that trained, not of one that looks on later
+    path = workdir / "config.json"
+    if not path.exists():  # of the code that trained, not of one that looks on later; first, for a folder lasts by this
         logs.write_json(workdir / "version.json", {"format": api.FORMATS[config.method]} | logs.code_version())
+    logs.write_json(path, json.loads(config.to_json()))
 
 
 def print_plan(config: Any, stages: list[Stage], programs: dict[str, Compiled], devices: Any, workdir: Path) -> None:

@@ -91,6 +91,19 @@ def test_a_folder_of_another_version_is_not_read_wrongly(folder, text, said):
         api.load(folder)
 
 
+def test_an_entrust_of_before_is_refused_and_a_method_of_later_too(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for method, said in (("entrust", "an earlier version.*format 1"), ("oracle", "method 'oracle'")):
+        (folder / "config.json").write_text(json.dumps(config | {"method": method}))
+        with pytest.raises(UserError, match=said):
+            api.check_format(folder, method)
+        with pytest.raises(UserError, match=said):
+            api.load(folder)
+    (folder / "version.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    assert api.load(folder).config.method == "deep_ensemble"  # of before there was such a file
+
+
 @pytest.mark.parametrize("text", ["[]", "{}", '{"name": "x"}', "{"])
 def test_a_config_that_is_none_is_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text)

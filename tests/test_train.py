@@ -215,6 +215,7 @@ def test_a_folder_belongs_to_one_config_but_its_data_may_move(config, tmp_path):
     moved.trust.fnr = 0.05  # is found anew without training
     train.check(tmp_path, moved)
     moved.train.learning_rate = 7.0
+    assert json.loads((tmp_path / "version.json").read_text())["format"] == 1
     moved.seed = 1
     with pytest.raises(UserError, match=r"config.json: was trained with seed=0, this config has 1 \(2 keys differ\)"):
         train.check(tmp_path, moved)

@@ -1,7 +1,8 @@
 """python -m entrust_jax.benchmark --suite=phantom --output=O [--seeds=3] [--quick | --ablation="A0 mean fusion" ...]
 python -m entrust_jax.benchmark --suite=steps
 python -m entrust_jax.benchmark --suite=latency --config=configs/glioma.py
-python -m entrust_jax.benchmark --suite=volume --config=configs/brats.py [--shape=155,240,240 | --workdir=W]
+python -m entrust_jax.benchmark --suite=volume --config=configs/brats.py [--shape=155,240,240]
+python -m entrust_jax.benchmark --suite=volume --workdir=W [--window=D,H,W]
 python -m entrust_jax.benchmark --suite=compile --config=configs/brats.py --output=O
 python -m entrust_jax.benchmark --suite=trust --workdir=W --output=O [--patients=512] [--spoilt=64]
 python -m entrust_jax.benchmark --suite=subsets --workdir=W --output=O [--split=test|all] [--hypotheses=N]
@@ -111,6 +112,8 @@ def volume_suite(config: Any) -> None:
     from entrust_jax import api
     from entrust_jax.benchmark import volume
 
+    if FLAGS.window and not FLAGS.workdir:
+        raise UserError("--window is of a trained model, --workdir; without one give --config.data.window")
     if FLAGS.workdir:
         trained = volume.with_windows(api.load(one_folder()), FLAGS.window)
         cases, _ = api.read_cases(trained)

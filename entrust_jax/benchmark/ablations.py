@@ -22,6 +22,7 @@ from entrust_jax.enfuse.encoder import Evidence
 from entrust_jax.enfuse.fusion import Fusion
 from entrust_jax.layers import cumulated, pool
 from entrust_jax.segdiff import sampler, schedule
+from entrust_jax.segdiff.denoiser import Denoiser
 
 REFERENCE = "reference"
 ALL = ("everything",)  # inputs of a calibration head
@@ -124,11 +125,21 @@ class ForeignConflict(entrust.EnTrust):
         return entrust.Condition(fused, self.projection(fused.F_c, fused.F_u, fused.F_cf, fused.present, evidence.body))
 
 
-class NoOwnEvidence(entrust.EnTrust):
-    """Without the exact evidence of a voxel's own noisy value, which holds only if x_t was made from the truth."""
+class Deaf(Denoiser):
+    """Adds nothing of what noisy values say by themselves."""
 
-    def denoise(self, x_t: Array, log_snr: Array, condition: entrust.Condition) -> Array:
-        return super().denoise(x_t, log_snr, condition) - schedule.own_evidence(x_t, log_snr, self.b)
+    def evidence(self, x_t: Array, log_snr: Array, reach: Array, inside: Array) -> Array:
+        del log_snr, reach, inside
+        return jnp.zeros_like(x_t)
+
+
+class NoOwnEvidence(entrust.EnTrust):
+    """Without the exact evidence of noisy values, a voxel's own and its blocks', which holds only if x_t was made from
+
+    the truth.
+    """
+
+    denoiser_module = Deaf
 
 
 def recycled(

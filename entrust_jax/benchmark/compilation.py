@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from entrust_jax import networks
+from entrust_jax import api, networks
 from entrust_jax.runtime import logs, memory, mesh
 from entrust_jax.training.programs import lower_stage, step_shapes
 from entrust_jax.training.stages import Stage, plan_stages
@@ -31,6 +31,7 @@ def described(config: Any) -> dict[str, Any]:
     return {
         "config": config.name,
         "method": config.method,
+        "format": api.FORMATS[config.method],
         "patch": list(config.data.patch),
         "widths": list(network.widths),
         "strides": [list(factor) for factor in network.strides],

@@ -33,7 +33,7 @@ from entrust_jax.trustmap import calibration, case
 
 HYPOTHESES = 24
 SLICES = 32  # phantoms in one compiled call
-GENERATION = 2  # of what a training learns: raised when the same config would come to something else
+GENERATION = 3  # of what a training learns: raised when the same config would come to something else
 FIRST = 100_000  # the number of the first test phantom; no training sees one so large
 STEPS = (1, 2, 4, 8, 16)  # of the curves of diversity
 METHODS = ("dpmpp2m", "ddim")

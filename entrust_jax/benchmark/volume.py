@@ -92,12 +92,14 @@ def measure(config: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
 def with_windows(trained: api.Trained, sizes: Sequence[str]) -> api.Trained:
     """The same model, seeing a scan through windows of these sizes along D, H, W; its own for none.
 
-    Raises UserError for other sizes than multiples of the network's coarsest voxel.
+    Raises UserError for other sizes than multiples of the network's coarsest voxel, and for a model of slices.
     """
-    unit = networks.coarsest(trained.config)
-    whole = [one.isdecimal() and int(one) > 0 for one in sizes]
+    if not networks.volumetric(trained.config):
+        raise UserError(f"{trained.workdir}: holds a model of slices, which has no windows; name one of volumes")
     if not sizes:
         return trained
+    unit = networks.coarsest(trained.config)
+    whole = [one.isdecimal() and int(one) > 0 for one in sizes]
     if len(sizes) != 3 or not all(whole) or np.any(np.mod([int(one) for one in sizes], unit)):
         words = " x ".join(map(str, unit))
         raise UserError(f"--window={','.join(sizes)}: give multiples of {words}, the network's coarsest voxel")
@@ -109,13 +111,11 @@ def with_windows(trained: api.Trained, sizes: Sequence[str]) -> api.Trained:
 def trace_of_windows(trained: api.Trained, volume: Volume) -> dict[str, Any]:
     """What windows leave to be seen in one scan: `seams` and `agreement`, on the working grid.
 
-    Raises UserError for a U-Net, which has no hypotheses, for a model of slices, and as `agreement` does.
+    Raises UserError for a U-Net, which has no hypotheses, and as `agreement` does.
     """
     network = trained.network
     if isinstance(network, unet.UNet):
         raise UserError(f"{trained.workdir}: holds a U-Net; seams are those of EnTrust's hypotheses")
-    if not networks.volumetric(trained.config):
-        raise UserError(f"{trained.workdir}: holds a model of slices, which has no windows; name one of volumes")
     volume = resampling.at_spacing(volume, trained.spacing)
     return {
         "case": volume.name,

@@ -6,9 +6,13 @@ All modality work is done once: the condition enters as per-scale sums computed 
     at a block's entry h <- conv(h) + a_s;   inside h <- h + conv(silu(norm(h)(1 + gamma(lambda) + G_s) + beta(lambda)))
 
 so that neither steps nor hypotheses repeat it. A structure of n voxels is decided where noise hides each of its voxels
-(`schedule.decision_log_snr`), so every scale is given what the noisy mask says of its own, coarser, voxels: their mean
-times the root of their number, noise of unit variance again. Equations: ours; spatial modulation as in SPADE (Park et
-al. 2019).
+(`schedule.decision_log_snr`), so every scale is given what the noisy mask says of its own, coarser, voxels (`seen_at`),
+and what noisy values say exactly is added to the logits, a voxel's own and those of the blocks s that it lies in,
+
+    logits(u) = rest(u) + e(u) + sum_s reach_s(u) BOUND tanh( sum_{v in block_s(u)} e(v) / BOUND ),    e = own evidence
+
+as far as the network takes them for one structure with it. Equations: ours; spatial modulation as in SPADE (Park et al.
+2019).
 """
 
 import math
@@ -37,7 +41,7 @@ from entrust_jax.layers import (
 )
 from entrust_jax.segdiff.schedule import input_scale, own_evidence, per_case
 
-BOUND = 4.0  # nats: a block's evidence at most
+BOUND = 4.0  # nats of each class's logit that a block may say at most, at a reach of 1
 
 
 # Its shapes are not checked at run time: JAX rebuilds a pytree with other leaves (numpy arrays, shardings).
@@ -90,19 +94,22 @@ class Projection(nn.Module):
 
 
 def seen_at(x_t: Float[Array, "b *s k"], log_snr: Float[Array, " b"], b: float, factor: Factor = ()) -> Array:
-    """The noisy mask in voxels of n = prod(factor) of its own, [b *t k]: their mean, times sqrt(n / (alpha^2 b^2 n +
+    """The noisy mask in voxels of n = prod(factor) of its own, [b *t k]: their mean, times
 
-    sigma^2)). Noise and uniform masks have unit second moment, and what tells two uniform masks apart stands
-    2 alpha b sqrt(n) / sigma above the noise, as nowhere in a voxel alone.
+        sqrt(n / (alpha^2 b^2 n + sigma^2)).
+
+    Noise and uniform masks have unit second moment, and what tells two uniform masks apart stands 2 alpha b sqrt(n) /
+    sigma above the noise, as it never does in one voxel.
     """
     root = math.sqrt(math.prod(factor))
     return pool(x_t, factor) * per_case(root * input_scale(log_snr, root * b), x_t.ndim)
 
 
 def evidence_around(own: Float[Array, "b *s k"], factor: Factor) -> Float[Array, "b *t k"]:
-    """What the voxels of a block of `factor` say together, each by its noisy value (`schedule.own_evidence`), as logits
+    """What a block of `factor` says of its common class, were it one: the sum of what its voxels in the body say.
 
-    of their common class, were it one: BOUND tanh(sum / BOUND), for where it is not one a sum of thousands is false.
+    own: what each says by its noisy value (`schedule.own_evidence`). Each class's logit is bounded: where a block has
+    more than one class a sum of thousands is false.
     """
     return BOUND * jnp.tanh(math.prod(factor) * pool(own, factor) / BOUND)
 
@@ -130,8 +137,8 @@ class Denoiser(nn.Module):
     ) -> Float[Array, "b *s k"]:
         """Returns float32 logits; the network's input has unit variance at every log SNR.
 
-        What the voxel's own noisy value says is added exactly, so the network learns the rest: without it a short
-        training has not learnt to copy by the last steps, where little else is asked.
+        What noisy values say is added exactly, so the network learns the rest: without it a short training has not
+        learnt to copy by the last steps, where little else is asked, nor to hear a structure under the noise.
         """
         body = body_at_scales(condition.body.astype(self.compute), self.strides)
         inside = x_t * condition.body[..., None]
@@ -158,12 +165,23 @@ class Denoiser(nn.Module):
         bias = background_bias(self.classes, copies)
         last = Conv(self.classes * copies, kernel_init=zeros, bias_init=bias, dtype=jnp.float32, name="logits")(h)
         rest = depth_to_space(last, self.strides[0])
-        own = own_evidence(x_t, log_snr, self.b)
         reach = Conv(len(self.widths), 1, kernel_init=zeros, dtype=jnp.float32, name="reach")(h)
+        return rest + self.evidence(x_t, log_snr, reach, condition.body[..., None])
+
+    def evidence(
+        self,
+        x_t: Float[Array, "b *s k"],
+        log_snr: Float[Array, " b"],
+        reach: Float[Array, "b *t scales"],
+        inside: Float[Array, "b *s 1"],
+    ) -> Float[Array, "b *s k"]:
+        """What noisy values say of a voxel, as logits: its own, and those of the blocks around it within its reach."""
+        own = own_evidence(x_t, log_snr, self.b)
+        body = body_at_scales(inside[..., 0], self.strides)
         around = jnp.zeros(())
         for s, factor in enumerate(cumulated(self.strides)):
-            evidence = evidence_around(own * condition.body[..., None], factor)
+            block = evidence_around(own * inside, factor)
             for finer in reversed(range(s)):
-                evidence = upsample_linear(evidence, self.strides[finer + 1]) * body[finer]
-            around = around + reach[..., s, None] * evidence
-        return rest + own + upsample(around, self.strides[0])
+                block = upsample_linear(block, self.strides[finer + 1]) * body[finer]
+            around = around + reach[..., s, None] * block
+        return own + upsample(around, self.strides[0])

@@ -149,7 +149,9 @@ def test_without_own_evidence_nothing_of_the_noisy_mask_is_copied(config):
     networks = [suite.own_network(config, ablations.ABLATIONS[v]) for v in ("no own evidence", ablations.REFERENCE)]
     key = jax.random.key(0)
     shapes = jax.eval_shape(networks[1].init, {"params": key, "dropout": key}, BATCH, key)
-    params = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)  # a network that says nothing by itself
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)  # a network that says nothing by itself,
+    (layer,) = params["params"]["denoiser"]["reach"].values()
+    layer["bias"] += 1  # and takes each block for one structure
     evidence = apply(
         networks[1], params, *(jnp.asarray(BATCH[n]) for n in ("image", "coordinates", "body")), method="encode"
     )

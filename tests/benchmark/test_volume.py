@@ -107,6 +107,7 @@ def test_other_windows_are_asked_for_by_size():
             volume.with_windows(trained, sizes)
 
 
-def test_slices_have_no_windows():
+@pytest.mark.parametrize("sizes", [[], ["4", "16", "16"]])
+def test_slices_have_no_windows(sizes):
     with pytest.raises(UserError, match="holds a model of slices"):
-        volume.trace_of_windows(trained_with((16, 16)), head_of((4, 16, 16)))
+        volume.with_windows(trained_with((16, 16)), sizes)
