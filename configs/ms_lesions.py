@@ -8,8 +8,8 @@
 30 patients, consensus of three raters (Lesjak et al. 2017, doi 10.1007/s12021-017-9348-7), CC BY:
 https://lit.fe.uni-lj.si/en/research/resources/3D-MR-MS; the patterns are for the names in a copy by patient
 (cross_sectional/raw of open_ms_data on GitHub, muschellij2); write those of yours. Time and score of that
-set: not run here. Two patients of a copy: Dice .38 in sample after half an hour; in 3-D, on a grid of 2 mm, nothing is
-learnt in a quarter of one (docs/data-sets.md).
+set: not run here. Two patients of a copy: Dice .38 in sample after half an hour; in 3-D nothing
+is learnt in half an hour (docs/data-sets.md).
 """
 
 from typing import Any
