@@ -43,7 +43,7 @@ ADDED = {
     "unet": {"dropout": 0.0, "passes": 16},
 }
 # Raised where trained parameters no longer mean what they did. 2: the denoiser sees and hears the noisy mask at every
-# scale (`seen_at`, `evidence_around`).
+# scale (`seen_at`, `Denoiser.evidence`).
 FORMATS = {"entrust": 2, "unet": 1, "deep_ensemble": 1}
 
 

@@ -105,13 +105,13 @@ def seen_at(x_t: Float[Array, "b *s k"], log_snr: Float[Array, " b"], b: float, 
     return pool(x_t, factor) * per_case(root * input_scale(log_snr, root * b), x_t.ndim)
 
 
-def evidence_around(own: Float[Array, "b *s k"], factor: Factor) -> Float[Array, "b *t k"]:
-    """What a block of `factor` says of its common class, were it one: the sum of what its voxels in the body say.
+def bounded(together: Float[Array, "b *t k"]) -> Float[Array, "b *t k"]:
+    """What a block says of its common class, were it one: the sum of what its voxels say by their noisy values
 
-    own: what each says by its noisy value (`schedule.own_evidence`). Each class's logit is bounded: where a block has
-    more than one class a sum of thousands is false.
+    (`schedule.own_evidence`). Each class's logit is bounded: where a block has more than one class a sum of thousands
+    is false.
     """
-    return BOUND * jnp.tanh(math.prod(factor) * pool(own, factor) / BOUND)
+    return BOUND * jnp.tanh(together / BOUND)
 
 
 class Denoiser(nn.Module):
@@ -178,9 +178,10 @@ class Denoiser(nn.Module):
         """What noisy values say of a voxel, as logits: its own, and those of the blocks around it within its reach."""
         own = own_evidence(x_t, log_snr, self.b)
         body = body_at_scales(inside[..., 0], self.strides)
-        around = jnp.zeros(())
-        for s, factor in enumerate(cumulated(self.strides)):
-            block = evidence_around(own * inside, factor)
+        around, together = jnp.zeros(()), own * inside
+        for s, factor in enumerate(self.strides):
+            together = pool(together, factor, jnp.sum)
+            block = bounded(together)
             for finer in reversed(range(s)):
                 block = upsample_linear(block, self.strides[finer + 1]) * body[finer]
             around = around + reach[..., s, None] * block

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from entrust_jax.layers import apply
-from entrust_jax.segdiff.denoiser import BOUND, Denoiser, Projection, Projections, evidence_around, seen_at
+from entrust_jax.layers import apply, pool
+from entrust_jax.segdiff.denoiser import BOUND, Denoiser, Projection, Projections, bounded, seen_at
 from entrust_jax.segdiff.schedule import alpha_sigma, decision_log_snr, diffuse, own_evidence
 
 B, M, K, WIDTHS = 2, 3, 3, (4, 8)
@@ -105,11 +105,11 @@ def test_a_block_says_what_its_voxels_say_together_and_no_more_than_it_may():
     alpha, sigma = (np.asarray(v).item() for v in alpha_sigma(log_snr))
     fit = [-0.5 * np.sum(np.square(np.asarray(x) - alpha * sign * mask)) / sigma**2 for sign in (-1, 1)]
     own = own_evidence(x, log_snr, b)
-    said = evidence_around(own, (4, 4))
+    said = bounded(pool(own, (4, 4), jnp.sum))
     assert said.shape == (1, 1, 1, 2)
     # Two channels, each of which says half of it: what a voxel adds to the logits of foreground and background.
     assert (said[0, 0, 0, 1] - said[0, 0, 0, 0]).item() == pytest.approx(fit[1] - fit[0], rel=0.02)
-    assert np.max(np.abs(evidence_around(1000 * own, (4, 4)))) <= BOUND
+    assert np.max(np.abs(bounded(pool(1000 * own, (4, 4), jnp.sum)))) <= BOUND
 
 
 def test_the_reach_decides_how_far_a_neighbour_is_heard(params):
