@@ -128,8 +128,8 @@ class ForeignConflict(entrust.EnTrust):
 class Deaf(Denoiser):
     """Adds nothing of what noisy values say by themselves."""
 
-    def evidence(self, x_t: Array, log_snr: Array, reach: Array, inside: Array) -> Array:
-        del log_snr, reach, inside
+    def evidence(self, x_t: Array, log_snr: Array, reach: Array, inside: Array, body: list[Array]) -> Array:
+        del log_snr, reach, inside, body
         return jnp.zeros_like(x_t)
 
 

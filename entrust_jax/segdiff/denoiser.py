@@ -166,19 +166,22 @@ class Denoiser(nn.Module):
         last = Conv(self.classes * copies, kernel_init=zeros, bias_init=bias, dtype=jnp.float32, name="logits")(h)
         rest = depth_to_space(last, self.strides[0])
         reach = Conv(len(self.widths), 1, kernel_init=zeros, dtype=jnp.float32, name="reach")(h)
-        return rest + self.evidence(x_t, log_snr, reach, condition.body[..., None])
+        return rest + self.evidence(x_t, log_snr, reach, condition.body, body)
 
     def evidence(
         self,
         x_t: Float[Array, "b *s k"],
         log_snr: Float[Array, " b"],
         reach: Float[Array, "b *t scales"],
-        inside: Float[Array, "b *s 1"],
+        inside: Float[Array, "b *s"],
+        body: list[Float[Array, "b ... 1"]],
     ) -> Float[Array, "b *s k"]:
-        """What noisy values say of a voxel, as logits: its own, and those of the blocks around it within its reach."""
+        """What noisy values say of a voxel, as logits: its own, and those of the blocks around it within its reach.
+
+        inside: the body, voxel by voxel; body: at every scale (`body_at_scales`).
+        """
         own = own_evidence(x_t, log_snr, self.b)
-        body = body_at_scales(inside[..., 0], self.strides)
-        around, together = jnp.zeros(()), own * inside
+        around, together = jnp.zeros(()), own * inside[..., None]
         for s, factor in enumerate(self.strides):
             together = pool(together, factor, jnp.sum)
             block = bounded(together)
