@@ -82,14 +82,30 @@ def test_what_is_surely_there_has_an_outline_and_what_is_in_doubt_has_none():
     label[0, 0, 8:13] = label[1, 0, 17:] = 1
     error[0, 0, 6:10] = error[1, 0, 15:] = 0.3  # something with a sure part, and something without
     found = outline_distance(error, label, label < 9, None)
-    np.testing.assert_array_equal(found[0, 0, 5:15], [3, 2, 1, 1, 2, 3, 2, 1, 1, 2])
+    # Inside, the way of the innermost voxel, 3, is stretched to 10.
+    np.testing.assert_allclose(found[0, 0, 5:15], [3, 2, 1, 10 / 3, 20 / 3, 10, 20 / 3, 10 / 3, 1, 2], rtol=1e-6)
     assert np.isinf(found[1]).all()
     # In a volume the way may lead to the other slice, 1.5 voxels away.
     deep = outline_distance(error, label, label < 9, (1.5, 1.0, 1.0))
-    assert deep[1, 0, 10] == 1.5 and deep[0, 0, 10] == 1.5 and deep[0, 0, 12] == 1
+    assert deep[1, 0, 10] == 1.5 and deep[0, 0, 10] == 10 and deep[0, 0, 12] == np.float32(1 / 0.15)
     # Both of one component: what is doubtful in one slice goes on to what is sure in the other.
     label[1], label[1, 0, 12:16], error[1, 0, 12:16] = 0, 1, 0.3
     assert outline_distance(error, label, label < 9, None)[1, 0, 11] == 1
+
+
+def test_the_core_of_something_small_is_not_its_outline():
+    """Half of the way to the innermost voxel is the outline's, at most 5 voxels; a component is measured whole."""
+    error, label = np.zeros((2, 40, 60)), np.zeros((2, 40, 60), np.uint8)
+    label[0, 2:32, 2:32] = 1  # 15 voxels deep
+    label[1, 10:14, 10:14] = 1  # its cap
+    label[0, 4:11, 44:51] = 1  # 4 deep
+    found = outline_distance(error, label, label < 9, None)
+    np.testing.assert_array_equal(found[0, 17, 2:17], np.arange(1, 16))
+    np.testing.assert_array_equal(found[1, 12, 10:12], [1, 2])
+    np.testing.assert_array_equal(found[0, 7, 44:48], [2.5, 5, 7.5, 10])
+    np.testing.assert_array_equal(found[0, 7, 41:44], [3, 2, 1])  # outside as ever
+    label[0] = 1  # without an outline in this slice
+    assert np.isinf(outline_distance(error, label, label < 9, None)[0]).all()
 
 
 def test_outside_the_body_nothing_is_sure():
@@ -101,11 +117,12 @@ def test_outside_the_body_nothing_is_sure():
 def test_every_class_has_its_own_outline():
     error, label = np.zeros((1, 1, 12)), np.zeros((1, 1, 12), np.uint8)
     label[0, 0, 4:8], label[0, 0, 8:] = 1, 2
+    # The four voxels of the first class are stretched to 5, 10, 10, 5; the second class's outline is nearer.
     np.testing.assert_array_equal(
-        outline_distance(error, label, label < 9, None)[0, 0], [4, 3, 2, 1, 1, 2, 2, 1, 1, 2, 3, 4]
+        outline_distance(error, label, label < 9, None)[0, 0], [4, 3, 2, 1, 4, 3, 2, 1, 1, 2, 3, 4]
     )
     error[0, 0, 4:8] = 0.3  # then the second class alone is sure
-    np.testing.assert_array_equal(outline_distance(error, label, label < 9, None)[0, 0, 4:9], [4, 3, 2, 1, 1])
+    np.testing.assert_array_equal(outline_distance(error, label, label < 9, None)[0, 0, 4:9], [4, 3, 2, 1, 2.5])
 
 
 def test_records_of_a_scan():
