@@ -298,7 +298,7 @@ def memory_in_words(trained: Trained, volume: Volume) -> str | None:
     config = trained.config
     return windows.in_words(
         windows.estimate(
-            trained.params, resampling.at_spacing(volume, trained.spacing),
+            trained.params, resampling.at_spacing(volume, trained.spacing), scan=volume,
             model=network, sampler=inference.sampler_of(config), mesh=trained.mesh,
             hypotheses=config.diffusion.hypotheses, **extent(config),
         )

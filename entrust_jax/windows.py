@@ -269,13 +269,15 @@ def estimate(
     hypotheses: int,
     window: Size,
     unit: Size,
+    scan: Volume,
 ) -> dict[str, Any]:
     """About how much memory predicting a scan takes, beside the parameters and the scan, in bytes (ours).
 
-    The most that is held at once in one of five stages: the looks at windows, the hypotheses, the probes, the maps'
-    way back into the scan, and what `inference.finish` makes of them on the grid that the network sees; HOLES of it
-    in all. Of the programs, what the compiler reserves on all devices. All windows that touch the body are taken to be
-    sampled.
+    The most that is held at once in one of six stages: the looks at windows, the hypotheses, the probes, the maps'
+    way back into the scan, what `inference.finish` makes of them on the grid that the network sees, and their way onto
+    the scan's own grid where that is another; HOLES of it in all. Of the programs, what the compiler reserves on all
+    devices. All windows that touch the body are taken to be sampled. volume: the case on the grid that the network
+    sees; scan: on its own.
     """
     around, static = frame(volume, window, unit), {"model": model, "sampler": sampler, "mesh": mesh}
     at, key = lattices.origins(around.scan["body"], window, unit), jax.random.key(0)
@@ -293,7 +295,7 @@ def estimate(
     condition = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(found.projections)) // len(group)
 
     m, k, n = model.modalities, model.classes, hypotheses
-    lattice, scan = around.scan["body"].size, volume.body.size
+    lattice, seen, own = around.scan["body"].size, volume.body.size, scan.body.size
     looked = 4 * (k + 2 * m * k + m * (m - 1) // 2 + 2)  # bytes a voxel of the maps of `look_at`,
     drawn = 4 * (k + 5) + n + 1  # of `sample` and the label,
     asked = 4 * (2 * m + 2) + m  # of the probes,
@@ -305,8 +307,9 @@ def estimate(
         "looks": held + reserved["looks"] + looked * (lattice + batch["body"].size) + condition * count,
         "hypotheses": held + reserved["hypotheses"] + (looked + n) * lattice + condition * (count + room),
         "probes": held + reserved["probes"] + (maps + joining) * lattice,
-        "way back": held + (n + 1) * lattice + maps * scan + DISTANCES * scan,
-        "finish": (maps + 2 * inputs + 12 * k) * scan,
+        "way back": held + (n + 1) * lattice + (maps + DISTANCES) * seen,
+        "finish": (maps + 2 * inputs + 12 * k) * seen,
+        "own grid": 0 if scan is volume else (maps + 12 * k) * seen + (maps + 12 * k + DISTANCES) * own,
     }
     return {
         "bytes": int(HOLES * max(stages.values())),
@@ -329,7 +332,7 @@ def in_words(found: dict[str, Any]) -> str:
     size = " x ".join(map(str, found["window"]))
     return (
         f"{found['windows']} windows of {size} voxels, {found['hypotheses']} hypotheses: about "
-        f"{found['bytes'] / 2**30:.1f} GB of memory"
+        f"{found['bytes'] / 1e9:.1f} GB of memory more than now"
     )
 
 
@@ -381,16 +384,18 @@ def sample(
     sampler: Sampler,
     mesh: Mesh,
     hypotheses: int,
+    windows: int,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """N hypotheses of the scan in these windows, elsewhere the one-step prediction: (their statistics, labels u8
 
-    [n *s]).
+    [n *s]). windows: how many the scan has; there is room for all of them, so that what `estimate` compiled is what
+    runs, and fewer programs serve more scans.
     """
     lattice = around.scan["body"].shape
     if not len(at):
         labels = np.argmax(maps["one_step"], axis=-1).astype(np.uint8)
         return inference.as_one_hypothesis(maps["one_step"]), np.repeat(labels[None], hypotheses, axis=0)
-    call, room = program_for(params, around, len(at), key, model=model, sampler=sampler, mesh=mesh)
+    call, room = program_for(params, around, windows, key, model=model, sampler=sampler, mesh=mesh)
     whole, split = replicated(mesh), batch_sharding(mesh)
 
     def filled(rows: Sequence[Any] | np.ndarray) -> Array:
@@ -444,7 +449,9 @@ def examine(
     chosen, needed = at[active], [one for one, here in zip(conditions, active, strict=True) if here]
     del conditions
     memory.give_back()
-    drawn, labels = sample(params, around, chosen, needed, maps, key, hypotheses=hypotheses, **static)
+    drawn, labels = sample(
+        params, around, chosen, needed, maps, key, hypotheses=hypotheses, windows=len(at), **static
+    )  # fmt: skip
     del needed
     memory.give_back()
     maps |= drawn

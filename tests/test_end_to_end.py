@@ -616,6 +616,23 @@ def test_mistakes_leave_nothing_behind(answers):
     assert answers[1]
 
 
+# Suites -------------------------------------------------------------------------------------------------------
+
+
+def test_a_suite_is_a_command_on_a_trained_folder(trained, command, tmp_path):
+    workdir, output = trained("entrust"), tmp_path / "out"
+    done = command(
+        "benchmark", "--suite=subsets", f"--workdir={workdir}", "--hypotheses=2", f"--output={output}"
+    )  # fmt: skip
+    found = json.loads((output / "subsets.json").read_text())
+    assert found["hypotheses"] == 2 != json.loads((workdir / "config.json").read_text())["diffusion"]["hypotheses"]
+    assert len(found["subsets"]) == 15
+    counts = [one["dice"]["n"] for one in found["subsets"].values()]
+    assert 1 <= counts[0] == min(counts) and max(counts) == CASES["test"]  # some phantoms lack a modality
+    assert (output / "subsets.md").read_text() in done.stdout
+    assert sorted(path.name for path in output.iterdir()) == ["subsets.json", "subsets.md"]
+
+
 # Volumes ------------------------------------------------------------------------------------------------------
 
 # configs/phantom.py in 3-D: two windows along W, the strides planned from the spacing.

@@ -183,11 +183,11 @@ def test_a_missing_modality_leaves_everything_finite(raw, missing):
     assert all(record["missing"] == [("A", "B")[missing]] for record in done["records"])
 
 
-def finish(found, case, scan=None):
+def finish(found, case, scan=None, volumetric=False):
     return inference.finish(
         found, case, scan=scan or case, chosen="identity", params={}, modalities=("A", "B"),
         classes=("background", "core", "rim"), regions={"all": (1, 2), "core": (1,)},
-        volumetric=False, started=time.perf_counter(),
+        volumetric=volumetric, started=time.perf_counter(),
     )  # fmt: skip
 
 
@@ -300,6 +300,24 @@ def test_a_scan_that_ends_is_neither_heard_nor_blamed_where_it_ends(raw):
     assert done["conflict"][0][case.body[0]].min() == 0.5 and not done["conflict"][1:].any()
     assert {explanation.CAUSES[c] for c in np.unique(done["cause"][0])} == {"none", "conflict"}
     assert {explanation.CAUSES[c] for c in np.unique(done["cause"][1:])} == {"none", "missing input"}
+
+
+@pytest.mark.parametrize("volumetric", [False, True])
+def test_in_a_volume_an_outline_is_as_near_as_its_millimetres(raw, volumetric):
+    """Something sure ends below slice 3; slices lie 3 mm apart, pixels 1 mm. Every scan contradicts another."""
+    case, label = made_up.slices(), np.zeros_like(raw["label"])
+    label[:3, 5:12, 4:10] = 1
+    p = np.where(label[..., None] == 1, [0.01, 0.98, 0.01], [0.7, 0.2, 0.1]).astype(np.float32)
+    doubtful = dict(raw) | {
+        "label": label, "one_step": p, "mean": p, "support": np.zeros_like(raw["support"]),
+        "conflict": np.full_like(raw["conflict"], 0.5), "kappa_pairs": np.full_like(raw["kappa_pairs"], 0.5),
+        "border": inference.border(label, case.spacing, volumetric),
+    }  # fmt: skip
+    given = finish(doubtful, case, volumetric=volumetric)["cause"]
+    np.testing.assert_array_equal(given[2, 8, 10:13], explanation.BOUNDARY)
+    assert not given[2, 6:11, 5:9].any()
+    assert given[3, 8, 7] == (explanation.BOUNDARY if volumetric else explanation.CONFLICT)
+    assert given[4, 8, 7] == explanation.CONFLICT  # 6 mm: more than 5 pixels
 
 
 def test_without_probing_the_mask_and_its_probabilities_are_the_same(raw, monkeypatch):

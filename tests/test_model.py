@@ -288,28 +288,31 @@ SLICES = jax.tree.map(jnp.asarray, batch_of(2, 2, (8, 8)))
 
 
 @functools.cache
-def learnt(**options):
+def learnt(axes, **options):
     """(loss of stage 2a, its gradient in the denoiser: that in the rest costs much to compile)."""
-    net, params = network(2, **options), random_params(network(2), SLICES)["params"]
+    batch, strides = (SLICES, ((2, 2), (2, 2))) if axes == 2 else (VOLUME, STRIDES)
+    net, params = network(2, strides, **options), random_params(network(2, strides), batch)["params"]
 
     def loss(denoiser):
         p = {"params": params | {"denoiser": denoiser}}
-        return entrust.segdiff_loss(net, p, SLICES, jax.random.key(2), low=LOW, high=HIGH, draws=1)[0]
+        return entrust.segdiff_loss(net, p, batch, jax.random.key(2), low=LOW, high=HIGH, draws=1)[0]
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params["denoiser"])
     return float(value), gradient
 
 
-def test_blocks_computed_again_give_the_same_gradient():
-    (plain, one), (again, two) = learnt(), learnt(remat=True)
+@pytest.mark.parametrize("axes", [2, 3])
+def test_blocks_computed_again_give_the_same_gradient(axes):
+    (plain, one), (again, two) = learnt(axes), learnt(axes, remat=True)
     np.testing.assert_allclose(plain, again, rtol=1e-5)
     assert jax.tree.structure(one) == jax.tree.structure(two)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.max(np.abs(a)))
 
 
-def test_bfloat16_computes_nearly_the_same():
-    (plain, one), (half, two) = learnt(), learnt(compute="bfloat16")
+@pytest.mark.parametrize("axes", [2, 3])
+def test_bfloat16_computes_nearly_the_same(axes):
+    (plain, one), (half, two) = learnt(axes), learnt(axes, compute="bfloat16")
     np.testing.assert_allclose(half, plain, rtol=0.03)
     assert plain != half
     assert jax.tree.map(lambda x: (x.shape, x.dtype), one) == jax.tree.map(lambda x: (x.shape, x.dtype), two)

@@ -163,9 +163,15 @@ def test_all_windows_of_a_scan_are_seen_by_the_same_passes():
 def test_memory_is_said_beforehand_and_hardly_grows_with_hypotheses(raw):
     """Of one more hypothesis its labels stay: a byte a voxel, on the lattice or in the scan."""
     options = {"model": MODEL, "sampler": SAMPLER, "mesh": data_mesh(jax.devices()[:1]), "window": WINDOW, "unit": UNIT}
-    few, many = (windows.estimate(params(), volume(), hypotheses=n, **options) for n in (4, 16))
-    most = max(windows.frame(volume(), WINDOW, UNIT).scan["body"].size, volume().body.size)
+    case = volume()
+    few, many = (windows.estimate(params(), case, scan=case, hypotheses=n, **options) for n in (4, 16))
+    most = max(windows.frame(case, WINDOW, UNIT).scan["body"].size, case.body.size)
     assert 0 <= many["bytes"] - few["bytes"] <= 12 * windows.HOLES * most + 1
     kept = sum(value.nbytes for value in raw.values() if isinstance(value, np.ndarray))
     assert few["stages"]["way back"] > kept and few["bytes"] >= max(few["stages"].values())
     assert windows.in_words(few).startswith(f"{few['windows']} windows of 4 x 8 x 8 voxels, 4 hypotheses: about ")
+    # Where the network sees a coarser grid than the scan's, the maps' way onto that counts.
+    fine = made_up.volume(np.repeat(np.repeat(case.body, 4, axis=1), 4, axis=2))
+    other = windows.estimate(params(), case, scan=fine, hypotheses=4, **options)
+    assert few["stages"]["own grid"] == 0 < other["stages"]["own grid"] == max(other["stages"].values())
+    assert other["stages"]["own grid"] > 16 * kept

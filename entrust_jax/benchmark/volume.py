@@ -1,8 +1,8 @@
 """The volume suite: minutes and memory of one 3-D scan with all its hypotheses and probes, and what seams cost.
 
-`measure` needs no training: weights are random, so every window is sampled, the dearest case, and neither time nor
-memory depends on their values. `seams` asks a trained network whether windows leave a trace in its hypotheses, and
-`agreement` whether their joined estimates are those of the network on the whole body at once.
+`measure` needs no training: weights are random, so every window is sampled, the dearest case. `seams` asks a trained
+network whether windows leave a trace in its hypotheses, and `agreement` whether their joined estimates are those of the
+network on the whole body at once.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from entrust_jax.segdiff import schedule
 from entrust_jax.segdiff import volume as lattices
 
 GIGABYTE = 2**30
-CLOSE = 1e-2  # of D, which lies in [-b, b]; where b is below .1, a tenth of b: .05 of the probability in either case
+CLOSE = 1e-2  # of D, which lies in [-b, b]; where b is below .1, a tenth of b, .05 of the probability
 
 
 def head(shape: tuple[int, int, int], modalities: int) -> Volume:
@@ -53,7 +53,7 @@ def measure(config: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
     volume = head(shape, len(config.data.modalities))
     resting = memory.peak()
     estimate = windows.estimate(
-        params, volume, model=network, sampler=inference.sampler_of(config), mesh=devices,
+        params, volume, scan=volume, model=network, sampler=inference.sampler_of(config), mesh=devices,
         hypotheses=config.diffusion.hypotheses, **api.extent(config),
     )  # fmt: skip
     print(windows.in_words(estimate), flush=True)
@@ -130,7 +130,8 @@ def seams(trained: api.Trained, volume: Volume) -> dict[str, Any]:
 
     ratio: neighbours of different labels across the planes where some window begins or ends, over as many as there
     would be at the rate of all other planes of the same axis, in the body, over all hypotheses (aim: at most 1.2). By
-    axis, for slices lie farther apart than the voxels in them. ratio_of_the_label: the same of the case's own label,
+    axis, for slices lie farther apart than the voxels in them. The planes are those of all windows that touch the body,
+    sampled or not. ratio_of_the_label: the same of the case's own label,
     which no window has seen: what the place of the planes alone does. None where nothing changes elsewhere.
     """
     around = windows.frame(volume, **networks.extent(trained.config))

@@ -40,8 +40,9 @@ def outline_distance(
 ) -> Float32[np.ndarray, "d h w"]:
     """Way to the outline of the nearest thing that is surely there: a 3-D component (26 neighbours) of one class of
     the delivered mask with a voxel in the body that is almost surely right (e <= .05). 1 beside the outline, infinite
-    without one; inside a component whose innermost voxel lies within 10 voxels of its outline, stretched to 10 there:
-    in the core of something small the doubt is of the thing, not of its outline. Ours.
+    without one and far outside, where no cause asks (beyond 10); inside a component whose innermost voxel lies within
+    10 voxels of its outline, stretched to 10 there: in the core of something small the doubt is of the thing, not of
+    its outline. Ours.
 
     sampling: length of a voxel along D, H, W; None: the ways stay in their slice.
     """
@@ -50,18 +51,32 @@ def outline_distance(
         numbered = np.zeros(label.shape, np.int32)
         count = int(ndimage.label(label == k, structure=np.ones((3, 3, 3)), output=numbered))
         sure = np.unique(numbered[body & (error_probability <= ERROR_FLOOR)])
-        found = np.isin(numbered, sure[sure > 0])
+        sure = sure[sure > 0]
+        if not len(sure):
+            continue
+        found = np.isin(numbered, sure)
         depth, outside = np.full((2, *label.shape), np.inf, np.float32)
         for part in [slice(None)] if sampling is not None else np.flatnonzero(found.any(axis=(1, 2))):
-            inside = found[part]
-            if inside.any() and not inside.all():
-                depth[part] = ndimage.distance_transform_edt(inside, sampling)
-                outside[part] = ndimage.distance_transform_edt(~inside, sampling)
+            near = _around(found[part], sampling or (1.0, 1.0))
+            inside = found[part][near]
+            if not inside.all():
+                depth[part][near] = ndimage.distance_transform_edt(inside, sampling)
+                outside[part][near] = ndimage.distance_transform_edt(~inside, sampling)
         innermost = np.zeros(count + 1, np.float32)
         np.maximum.at(innermost, numbered[found], depth[found])
         stretch = np.maximum(1, OUTLINE_REACH / np.maximum(innermost, 1))
         nearest = np.minimum(nearest, np.where(found, depth * stretch[numbered], outside))
     return nearest
+
+
+def _around(mask: Bool[np.ndarray, "*s"], sampling: Sequence[float]) -> tuple[slice, ...]:
+    """The box of a mask and what lies within OUTLINE_REACH of it: transforms of a whole scan would be slow."""
+    box = []
+    for axis, step in enumerate(sampling):
+        hit = np.flatnonzero(mask.any(axis=tuple(set(range(mask.ndim)) - {axis})))
+        more = int(OUTLINE_REACH / step) + 1
+        box.append(slice(max(int(hit[0]) - more, 0), int(hit[-1]) + 1 + more))
+    return tuple(box)
 
 
 def cause(

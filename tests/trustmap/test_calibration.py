@@ -189,6 +189,16 @@ def test_signed_distance_by_hand():
     np.testing.assert_allclose(cal.signed_distance(label)[1], 8.0)
 
 
+def test_signed_distance_in_mm_goes_through_the_slices():
+    label = np.zeros((5, 1, 9), np.uint8)
+    label[2, 0, 3:6] = 1
+    found = cal.signed_distance_mm(label, (3.0, 1.0, 1.0))
+    np.testing.assert_allclose(found[2, 0], [2.5, 1.5, 0.5, -0.5, -1.5, -0.5, 0.5, 1.5, 2.5])
+    np.testing.assert_allclose(found[:, 0, 4], [5.5, 2.5, -1.5, 2.5, 5.5])
+    np.testing.assert_allclose(found[1, 0, 2], np.sqrt(9 + 1) - 0.5, rtol=1e-6)
+    np.testing.assert_allclose(cal.signed_distance_mm(0 * label, (3.0, 1.0, 1.0)), 5 * 3 + 1 + 9)
+
+
 def test_importance_weights_are_unbiased_and_prefer_the_uncertain():
     rng = np.random.default_rng(0)
     entropy = np.zeros((4, 64, 64))
