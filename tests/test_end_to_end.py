@@ -318,6 +318,9 @@ def test_prediction_from_all_modalities(trained, command, tmp_path):
     report = json.loads((output / "report.json").read_text())
     assert report["modalities"]["present"] == list(MODALITIES) and report["modalities"]["missing"] == []
     assert report["versions"]["jax"] == jax.__version__ and report["predicted_dice"] is not None
+    assert (
+        explanation.THRESHOLDS.items() < report["thresholds"].items() and "pixel" in report["thresholds"]["a_voxel_is"]
+    )
     assert set(report["regions"]) == {"WT", "TC", "ET"}
     for region in report["regions"].values():
         assert region["interval"][0] <= region["interval"][1]

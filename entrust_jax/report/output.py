@@ -28,6 +28,7 @@ STATEMENT = (
     "Research software, not a medical device. It has not been tested or approved for diagnosis or treatment; "
     "every result must be checked by a qualified person."
 )
+VOXEL = "a pixel of the slice; for a network on volumes the scan's finest spacing, in every direction"
 PLACES = (
     "place: voxel indices from 0 in canonical orientation, slice towards the head, "
     "row towards the patient's right, column towards anterior; "
@@ -269,7 +270,7 @@ def write_prediction(
                     for record in prediction.get("records", ())
                 ],
                 "places": PLACES,
-                "thresholds": explanation.THRESHOLDS,
+                "thresholds": explanation.THRESHOLDS | {"a_voxel_is": VOXEL},
                 "warnings": list(warnings),
                 "seconds": prediction.get("seconds"),
                 "files": files,
