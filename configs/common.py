@@ -29,7 +29,9 @@ def get_config() -> Any:
             # mm along slice, row, column that networks see: () as scanned, ("median",) planned, 0 an axis as scanned
             "spacing": (),
             "patch": (96, 96),
-            "window": (),  # of a scan that a 3-D network sees at once when it predicts; (): as large as the patch
+            # Voxels that a 3-D network sees at once when it predicts; (): as large as the patch. Larger ones are fewer,
+            # but not what the network has learnt on: look at --suite=volume first.
+            "window": (),
             "foreground_share": 0.5,  # of the training patches, centred on foreground (undone by weights in the loss)
             "augment": True,  # False: patches as they are, whatever `augmentation` says
             # By patient. folds=1: every case in every part, for a set too small to divide; no score says anything.
