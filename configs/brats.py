@@ -6,7 +6,7 @@
     python -m entrust_jax.train --config=configs/brats.py:demo                       (built-in phantom, two CPU cores)
 
 Volumes: patches of 128 x 128 x 128 voxels, four scales of 32 to 256 channels, activations in bfloat16, blocks computed
-again for the gradient. The batch is meant for one device of 80 GB, which was not tried (68.6 GiB by the CPU's compiler,
+again for the gradient. The batch is meant for one device of 80 GB, which was not tried (69.4 GiB by the CPU's compiler,
 docs/evidence/compile): take 1, or patches of 96, where it does not fit; on eight devices --config.train.batch=16.
 
 Time: the demo about 6 minutes on two CPU cores, compilation included; the other settings were not run here in full.
