@@ -9,7 +9,7 @@ The validation set of the Image Biomarker Standardisation Initiative, made of TC
 al. 2015; Clark et al. 2013), CC BY 3.0: https://www.cancerimagingarchive.net/collection/soft-tissue-sarcoma. CT in
 Hounsfield units, PET in SUV. The crops are centred on the tumour, so a model can learn the place. Time: train plans
 6 minutes on two CPU cores, in 3-D 13. Score: Dice .72 on the sixteen patients of five folds, .66 by the place alone,
-which is no difference that can be told; in 3-D, one training each, for as many minutes as 2-D, .64 on the second fold
+which is no difference that can be told; in 3-D, one training each, after as many minutes as 2-D, .64 on the second fold
 (2-D .71) and .70 on the fifth (.72; docs/data-sets.md).
 """
 

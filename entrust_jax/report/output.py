@@ -28,7 +28,7 @@ STATEMENT = (
     "Research software, not a medical device. It has not been tested or approved for diagnosis or treatment; "
     "every result must be checked by a qualified person."
 )
-VOXEL = "a pixel of the slice; for a network on volumes the scan's finest spacing, in every direction"
+VOXEL = "of distances: a pixel of the slice; for a network on volumes the scan's finest spacing, in every direction"
 PLACES = (
     "place: voxel indices from 0 in canonical orientation, slice towards the head, "
     "row towards the patient's right, column towards anterior; "

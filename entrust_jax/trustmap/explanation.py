@@ -40,9 +40,9 @@ def outline_distance(
 ) -> Float32[np.ndarray, "d h w"]:
     """Way to the outline of the nearest thing that is surely there: a 3-D component (26 neighbours) of one class of
     the delivered mask with a voxel in the body that is almost surely right (e <= .05). 1 beside the outline, infinite
-    without one and far outside, where no cause asks (beyond 10); inside a component whose innermost voxel lies within
-    10 voxels of its outline, stretched to 10 there: in the core of something small the doubt is of the thing, not of
-    its outline. Ours.
+    without one and far outside, where no cause asks (beyond 10). Inside a component whose innermost voxel lies n < 10
+    voxels from its outline, 10 / n times as far: in the core of something small the doubt is of the thing, not of its
+    outline. Ours.
 
     sampling: length of a voxel along D, H, W; None: the ways stay in their slice.
     """
