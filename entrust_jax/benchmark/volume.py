@@ -131,8 +131,10 @@ def seams(trained: api.Trained, volume: Volume) -> dict[str, Any]:
     ratio: neighbours of different labels across the planes where some window begins or ends, over as many as there
     would be at the rate of all other planes of the same axis, in the body, over all hypotheses (aim: at most 1.2). By
     axis, for slices lie farther apart than the voxels in them. The planes are those of all windows that touch the body,
-    sampled or not. ratio_of_the_label: the same of the case's own label,
-    which no window has seen: what the place of the planes alone does. None where nothing changes elsewhere.
+    sampled or not. ratio_to_blocks: over as many as there would be at the rate of those other planes before which a
+    coarsest voxel begins, as it does before every window: labels that show the network's blocks are no seams.
+    ratio_of_the_label: `ratio` of the case's own label, which no window has seen: what the place of the planes alone
+    does. None where nothing changes elsewhere.
     """
     around = windows.frame(volume, **networks.extent(trained.config))
     at = lattices.origins(around.scan["body"], around.window, around.unit)
@@ -140,21 +142,27 @@ def seams(trained: api.Trained, volume: Volume) -> dict[str, Any]:
     ends = borders(around, at)
     truth = labels[:0] if volume.label is None else volume.label[None]
     (across, expected), own = (changes(one, volume.body, around, ends) for one in (labels, truth))
+    _, beside = changes(labels, volume.body, around, ends, around.unit)
     return {
         "windows": len(at),
         "changes_across_seams": across,
         "expected": expected,
         "ratio": across / expected if expected else None,
+        "ratio_to_blocks": across / beside if beside else None,
         "ratio_of_the_label": own[0] / own[1] if own[1] else None,
     }
 
 
 def changes(
-    labels: np.ndarray, body: np.ndarray, around: windows.Frame, ends: Sequence[set[int]]
+    labels: np.ndarray,
+    body: np.ndarray,
+    around: windows.Frame,
+    ends: Sequence[set[int]],
+    every: Sequence[int] = (1, 1, 1),
 ) -> tuple[float, float]:
     """Neighbours in the body with different labels [n d h w] across the planes `ends`, in one of n on average, and how
 
-    many there would be at the rate of all other planes of each axis.
+    many there would be at the rate of the other planes of each axis: all, or one in so many from the box's first on.
     """
     found = expected = 0.0
     for axis, planes in enumerate(ends):
@@ -163,8 +171,10 @@ def changes(
         across, elsewhere = np.zeros(2), np.zeros(2)
         for plane in range(len(both)):
             changed = sum(int((one[plane] != one[plane + 1])[both[plane]].sum()) for one in pairs[1:])
-            total = across if plane + 1 - around.low[axis] in planes else elsewhere
-            total += (changed / max(len(labels), 1), int(both[plane].sum()))
+            at = plane + 1 - around.low[axis]
+            if at in planes or at % every[axis] == 0:
+                total = across if at in planes else elsewhere
+                total += (changed / max(len(labels), 1), int(both[plane].sum()))
         found += across[0]
         expected += across[1] * elsewhere[0] / max(elsewhere[1], 1)
     return float(found), float(expected)

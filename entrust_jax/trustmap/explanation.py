@@ -49,20 +49,20 @@ def outline_distance(
     nearest = np.full(label.shape, np.inf, np.float32)
     for k in range(1, int(label.max()) + 1):
         numbered = np.zeros(label.shape, np.int32)
-        count = int(ndimage.label(label == k, structure=np.ones((3, 3, 3)), output=numbered))
+        ndimage.label(label == k, structure=np.ones((3, 3, 3)), output=numbered)
         sure = np.unique(numbered[body & (error_probability <= ERROR_FLOOR)])
         sure = sure[sure > 0]
         if not len(sure):
             continue
         found = np.isin(numbered, sure)
-        depth, outside = np.full((2, *label.shape), np.inf, np.float32)
+        depth, outside = (np.full(label.shape, np.inf, np.float32) for _ in range(2))
         for part in [slice(None)] if sampling is not None else np.flatnonzero(found.any(axis=(1, 2))):
             near = _around(found[part], sampling or (1.0, 1.0))
             inside = found[part][near]
             if not inside.all():
                 depth[part][near] = ndimage.distance_transform_edt(inside, sampling)
                 outside[part][near] = ndimage.distance_transform_edt(~inside, sampling)
-        innermost = np.zeros(count + 1, np.float32)
+        innermost = np.zeros(int(numbered.max()) + 1, np.float32)
         np.maximum.at(innermost, numbered[found], depth[found])
         stretch = np.maximum(1, OUTLINE_REACH / np.maximum(innermost, 1))
         nearest = np.minimum(nearest, np.where(found, depth * stretch[numbered], outside))

@@ -48,7 +48,7 @@ def head_of(shape):
 @pytest.fixture
 def seams_of(monkeypatch):
     """seams_of(hypotheses): what the suite says of them; windows of 8 x 16 x 16 voxels in a scan of 8 x 32 x 32."""
-    trained = trained_with((8, 16, 16))
+    trained = trained_with((8, 16, 16), {}, widths=(4, 8), strides=((1, 2, 2), (2, 2, 2)))
 
     def run(hypotheses):
         monkeypatch.setattr(volume.api, "examine", lambda *_, **__: {"hypotheses": hypotheses})
@@ -68,6 +68,10 @@ def test_a_planted_seam_is_found_and_noise_has_none(seams_of):
     planted = noise.copy()
     planted[:, :, 16] = 1 - planted[:, :, 15]
     assert seams_of(planted)["ratio"] > 1.1
+    # What changes before every coarsest voxel (4 x 4 in a slice) is the network's blocks.
+    blocks = rng.integers(0, 2, (64, 8, 8, 8)).astype(np.uint8).repeat(4, axis=2).repeat(4, axis=3)
+    found_blocks = seams_of(blocks)
+    assert found_blocks["ratio"] > 3 and 0.9 < found_blocks["ratio_to_blocks"] < 1.1
     # The label of head_of changes along no plane of the windows, and the hypotheses' ratio is not its business.
     assert found["ratio_of_the_label"] == 0
 
