@@ -630,8 +630,8 @@ def test_a_suite_is_a_command_on_a_trained_folder(trained, command, tmp_path):
     found = json.loads((output / "subsets.json").read_text())
     assert found["hypotheses"] == 2 != json.loads((workdir / "config.json").read_text())["diffusion"]["hypotheses"]
     assert len(found["subsets"]) == 15
-    counts = [one["dice"]["n"] for one in found["subsets"].values()]
-    assert 1 <= counts[0] == min(counts) and max(counts) == CASES["test"]  # some phantoms lack a modality
+    counts = [one["predicted_dice_mae"]["n"] for one in found["subsets"].values()]
+    assert 1 <= counts[0] == min(counts) and max(counts) == CASES["test"]  # a case may lack a modality
     assert (output / "subsets.md").read_text() in done.stdout
     assert sorted(path.name for path in output.iterdir()) == ["subsets.json", "subsets.md"]
 
