@@ -91,7 +91,8 @@ def cause(
     """The first cause that applies to each voxel of the body that may well be wrong, e > .05; 0 elsewhere
     (ours). In this order, with their codes:
 
-        4 boundary       within 5 voxels of the outline of something that is surely there (`outline_distance`)
+        4 boundary       within 5 voxels of the outline of something that is surely there, and in something small no
+                         deeper than half of the way to its innermost voxel (`outline_distance`)
         1 missing input  no modality that is there supports any class (every s_mk <= .1), and one is not there
         2 conflict       kappa > .1
         3 ignorance      as 1, with every modality there
