@@ -508,8 +508,8 @@ def finish(
             conflict = np.minimum(conflict, np.max(raw["kappa_pairs"] * both, axis=0, initial=0.0))
         out["conflict"] = conflict * volume.body  # outside the body there is nothing to contradict
         sampling = [size / min(volume.spacing) for size in volume.spacing] if volumetric else None
-        outline = explanation.outline_distance(e, raw["label"], volume.body, sampling)
-        out["cause"] = explanation.cause(e, conflict, raw["support"], outline, raw["border"], volume.body, shown)
+        ways = explanation.outline_distances(e, raw["label"], volume.body, sampling)
+        out["cause"] = explanation.cause(e, conflict, raw["support"], *ways, raw["border"], volume.body, shown)
         evidence = {
             "cause": out["cause"],
             "conflict_pairs": raw["kappa_pairs"],

@@ -14,6 +14,7 @@ SUPPORT_THRESHOLD = 0.1
 BOUNDARY_VOXELS = 2.0
 OUTLINE_VOXELS = 5.0
 OUTLINE_REACH = 10.0
+CORE_TO_RIM = 0.5
 BLAME_NATS = 0.1  # what a scan argues against the label before a sentence says so
 ERROR_FLOOR = 0.05
 REVIEW_THRESHOLD = 0.2  # error probability from which a voxel is up for review
@@ -28,45 +29,72 @@ THRESHOLDS = {
     "cause_boundary_voxels": BOUNDARY_VOXELS,
     "cause_outline_voxels": OUTLINE_VOXELS,
     "cause_outline_reach_voxels": OUTLINE_REACH,
+    "cause_core_to_rim": CORE_TO_RIM,
     "blame_nats": BLAME_NATS,
 }
 
 
-def outline_distance(
+def outline_distances(
     error_probability: Float[np.ndarray, "d h w"],
     label: UInt8[np.ndarray, "d h w"],
     body: Bool[np.ndarray, "d h w"],
     sampling: Sequence[float] | None,
-) -> Float32[np.ndarray, "d h w"]:
-    """Way to the outline of the nearest thing that is surely there: a 3-D component (26 neighbours) of one class of
-    the delivered mask with a voxel in the body that is almost surely right (e <= .05). 1 beside the outline, infinite
-    without one and far outside, where no cause asks (beyond 10). Inside a component whose innermost voxel lies n < 10
-    voxels from its outline, 10 / n times as far: in the core of something small the doubt is of the thing, not of its
-    outline. Ours.
+) -> tuple[Float32[np.ndarray, "d h w"], Float32[np.ndarray, "d h w"]]:
+    """Ways to the outline of the nearest thing that is surely there, and of the nearest that is likelier there than its
+    outline is right. A thing is a 3-D component (26 neighbours) of one class of the delivered mask; 1 beside the
+    outline, infinite without one and far outside, where no cause asks (beyond 10). Ours.
+
+    Surely there: a voxel of it in the body is almost surely right (e <= .05). Where its innermost voxel lies n < 10
+    voxels from its outline, ways inside are 10 / n times as far: in the core of something small the doubt is of the
+    thing, not of its outline. Likelier there, which includes the former: the mean e of what lies deeper in it than
+    half of n is at most half of that within 2 voxels of its outline.
 
     sampling: length of a voxel along D, H, W; None: the ways stay in their slice.
     """
-    nearest = np.full(label.shape, np.inf, np.float32)
+    surely, likelier = (np.full(label.shape, np.inf, np.float32) for _ in range(2))
     for k in range(1, int(label.max()) + 1):
         numbered = np.zeros(label.shape, np.int32)
-        ndimage.label(label == k, structure=np.ones((3, 3, 3)), output=numbered)
-        sure = np.unique(numbered[body & (error_probability <= ERROR_FLOOR)])
-        sure = sure[sure > 0]
-        if not len(sure):
+        count = int(ndimage.label(label == k, structure=np.ones((3, 3, 3)), output=numbered)) + 1
+        if count == 1:
             continue
-        found = np.isin(numbered, sure)
-        depth, outside = (np.full(label.shape, np.inf, np.float32) for _ in range(2))
-        for part in [slice(None)] if sampling is not None else np.flatnonzero(found.any(axis=(1, 2))):
-            near = _around(found[part], sampling or (1.0, 1.0))
-            inside = found[part][near]
-            if not inside.all():
-                depth[part][near] = ndimage.distance_transform_edt(inside, sampling)
-                outside[part][near] = ndimage.distance_transform_edt(~inside, sampling)
-        innermost = np.zeros(int(numbered.max()) + 1, np.float32)
-        np.maximum.at(innermost, numbered[found], depth[found])
-        stretch = np.maximum(1, OUTLINE_REACH / np.maximum(innermost, 1))
-        nearest = np.minimum(nearest, np.where(found, depth * stretch[numbered], outside))
-    return nearest
+        depth = _ways_to(label != k, label == k, sampling)
+        innermost = np.zeros(count, np.float32)
+        inside = (numbered > 0) & np.isfinite(depth)
+        np.maximum.at(innermost, numbered[inside], depth[inside])
+        core, rim = (
+            _mean_by(numbered, error_probability, body & part, count)
+            for part in (depth > innermost[numbered] / 2, depth <= BOUNDARY_VOXELS)
+        )
+        sure = np.bincount(numbered[body & (error_probability <= ERROR_FLOOR)], minlength=count) > 0
+        likely = sure | (core <= CORE_TO_RIM * rim)
+        sure[0] = likely[0] = False  # what lies around the things
+        stretch = np.maximum(1, OUTLINE_REACH / np.maximum(innermost, 1))[numbered]
+        for found, ways, within in ((sure, surely, depth * stretch), (likely, likelier, depth)):
+            if found.any():
+                there = found[numbered]
+                np.minimum(ways, np.where(there, within, _ways_to(there, there, sampling)), out=ways)
+    return surely, likelier
+
+
+def _mean_by(
+    numbered: Int32[np.ndarray, "*s"], values: Float[np.ndarray, "*s"], counted: Bool[np.ndarray, "*s"], count: int
+) -> Float[np.ndarray, " count"]:
+    """The mean over the voxels of each number that are counted; nan where none is."""
+    numbers = numbered[counted]
+    total = np.bincount(numbers, minlength=count).astype(float)
+    return np.bincount(numbers, values[counted], minlength=count) / np.where(total > 0, total, np.nan)
+
+
+def _ways_to(
+    target: Bool[np.ndarray, "d h w"], thing: Bool[np.ndarray, "d h w"], sampling: Sequence[float] | None
+) -> Float32[np.ndarray, "d h w"]:
+    """Way to the nearest voxel of `target`, near a thing; infinite farther from it, and where there is no target."""
+    ways = np.full(thing.shape, np.inf, np.float32)
+    for part in [slice(None)] if sampling is not None else np.flatnonzero(thing.any(axis=(1, 2))):
+        near = _around(thing[part], sampling or (1.0, 1.0))
+        if target[part][near].any():
+            ways[part][near] = ndimage.distance_transform_edt(~target[part][near], sampling)
+    return ways
 
 
 def _around(mask: Bool[np.ndarray, "*s"], sampling: Sequence[float]) -> tuple[slice, ...]:
@@ -83,7 +111,8 @@ def cause(
     error_probability: Float[np.ndarray, "d h w"],
     conflict: Float[np.ndarray, "d h w"],
     support: Float[np.ndarray, "m d h w k"],
-    outline: Float[np.ndarray, "d h w"],
+    surely: Float[np.ndarray, "d h w"],
+    likelier: Float[np.ndarray, "d h w"],
     boundary_distance: Float[np.ndarray, "d h w"],
     body: Bool[np.ndarray, "d h w"],
     shown: Bool[np.ndarray, "m d"],
@@ -92,14 +121,15 @@ def cause(
     (ours). In this order, with their codes:
 
         4 boundary       within 5 voxels of the outline of something that is surely there, and in something small no
-                         deeper than half of the way to its innermost voxel (`outline_distance`)
+                         deeper than half of the way to its innermost voxel (`outline_distances`)
         1 missing input  no modality that is there supports any class (every s_mk <= .1), and one is not there
         2 conflict       kappa > .1
         3 ignorance      as 1, with every modality there
-        4 boundary       within 10 voxels of such an outline, or within 2 of the delivered mask's border
-                         (`boundary_distance`, signed or not)
+        4 boundary       within 10 voxels of the outline of something that is likelier there than its outline is right,
+                         or within 2 of the delivered mask's border (`boundary_distance`, signed or not)
         5 other
 
+    surely, likelier: the ways to such outlines (`outline_distances`).
     shown: the modalities that are there, slice by slice (`preprocess.shown`). Scans that draw one outline a little
     differently contradict each other along it: that is a doubt of the outline, hence the first rule; where the thing
     itself is in doubt nothing of it is sure. A voxel that is almost surely right needs no reason and gets 0, as does
@@ -108,11 +138,11 @@ def cause(
     there = shown[:, :, None, None]
     silent = np.all((support.max(axis=-1) <= SUPPORT_THRESHOLD) | ~there, axis=0)
     conditions = [
-        outline <= OUTLINE_VOXELS,
+        surely <= OUTLINE_VOXELS,
         silent & ~there.all(axis=0),
         conflict > CONFLICT_THRESHOLD,
         silent,
-        (outline <= OUTLINE_REACH) | (np.abs(boundary_distance) <= BOUNDARY_VOXELS),
+        (likelier <= OUTLINE_REACH) | (np.abs(boundary_distance) <= BOUNDARY_VOXELS),
     ]
     codes = np.select(conditions, [BOUNDARY, MISSING_INPUT, CONFLICT, IGNORANCE, BOUNDARY], OTHER)
     return np.where(body & (error_probability > ERROR_FLOOR), codes, NONE).astype(np.uint8)

@@ -86,7 +86,7 @@ def make_prediction(volume: preprocess.Volume, stored: np.ndarray, *, full: bool
         pairs = np.stack([conflict for _ in combinations(MODALITIES, 2)])
         distance = np.full(label.shape, 5.0, np.float32)
         far, shown = np.full(label.shape, np.inf), preprocess.shown(volume)
-        cause = explanation.cause(error, conflict, support, far, distance, volume.body, shown)
+        cause = explanation.cause(error, conflict, support, far, far, distance, volume.body, shown)
         attribution = np.stack([-0.3 * conflict, conflict])
         made |= {
             "hypotheses": hypotheses,

@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from entrust_jax.trustmap import explanation
-from entrust_jax.trustmap.explanation import cause, outline_distance, records, sentence
+from entrust_jax.trustmap.explanation import cause, outline_distances, records, sentence
 
 SHAPE = (4, 12, 12)
 MODALITIES, CLASSES = ("T1", "FLAIR", "T1ce"), ("background", "lesion")
@@ -34,7 +34,7 @@ def run(present=(True, True, False), **changes):
     error, label, support, pairs, attribution, counterfactual = scan()
     here = np.repeat(np.array(present)[:, None], SHAPE[0], axis=1)
     far = np.full(SHAPE, np.inf)
-    codes = cause(error, pairs.max(0), support, far, np.full(SHAPE, 9.0), np.ones(SHAPE, bool), here)
+    codes = cause(error, pairs.max(0), support, far, far, np.full(SHAPE, 9.0), np.ones(SHAPE, bool), here)
     # By itself every scan says what the place says, background: but for FLAIR, which outweighs the place.
     unimodal = np.stack([np.full(SHAPE, 0.9), np.full(SHAPE, 0.1)], axis=-1)[None].repeat(3, axis=0)
     unimodal[1] = np.where(support[1, ..., 1:] > 0, [0.3, 0.7], unimodal[1])
@@ -49,18 +49,23 @@ def run(present=(True, True, False), **changes):
     return records(error, label, (5.0, 1.0, 2.0), MODALITIES, CLASSES, here, **arguments)
 
 
+def surely_there(error, label, body, sampling):
+    return outline_distances(error, label, body, sampling)[0]
+
+
 def test_cause_precedence():
     shape = (1, 1, 11)
     kappa = np.array([0.5, 0.5, 0.0, 0.0, 0.0, 0.5, 0.5, 0.5, 0.0, 0.0, 0.5]).reshape(shape)
     support = np.zeros((2, *shape, 2))
     support[0, 0, 0, :, 1] = [0.9, 0.05, 0.05, 0.9, 0.9, 0.9, 0.9, 0.9, 0.05, 0.9, 0.9]
     distance = np.array([1, 1, 1, -1.5, 5, 1, 1, 5, 5, 5, 5.0]).reshape(shape)
-    outline = np.array([11, np.inf, 11, 11, 11, 1, 1, 5, 5, 10, 10.0]).reshape(shape)
+    surely = np.array([11, np.inf, 11, 11, 11, 1, 1, 5, 5, 11, np.inf]).reshape(shape)
+    likelier = np.array([11, np.inf, 11, 11, 11, 1, 1, 5, 5, 10, 5.0]).reshape(shape)
     body = np.array([1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1], bool).reshape(shape)
     error = np.array([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.01, 0.5, 0.5, 0.5, 0.5]).reshape(shape)
 
     def found(*shown: bool) -> list[int]:
-        return cause(error, kappa, support, outline, distance, body, np.array(shown)[:, None]).ravel().tolist()
+        return cause(error, kappa, support, surely, likelier, distance, body, np.array(shown)[:, None]).ravel().tolist()
 
     assert found(True, True) == [2, 2, 3, 4, 5, 0, 0, 4, 4, 4, 2]
     assert found(True, False) == [2, 1, 1, 4, 5, 0, 0, 4, 4, 4, 2]
@@ -73,7 +78,7 @@ def test_a_modality_that_ends_is_missing_where_it_ends():
     shape = (2, 1, 2)
     support = np.zeros((2, *shape, 2))
     far = np.full(shape, np.inf)
-    codes = cause(np.full(shape, 0.5), np.zeros(shape), support, far, far, far > 0, np.array([[1, 1], [1, 0]], bool))
+    codes = cause(np.full(shape, 0.5), np.zeros(shape), support, far, far, far, far > 0, np.array([[1, 1], [1, 0]], bool))
     assert codes[:, 0, 0].tolist() == [explanation.IGNORANCE, explanation.MISSING_INPUT]
 
 
@@ -81,16 +86,16 @@ def test_what_is_surely_there_has_an_outline_and_what_is_in_doubt_has_none():
     error, label = np.zeros((2, 1, 20)), np.zeros((2, 1, 20), np.uint8)
     label[0, 0, 8:13] = label[1, 0, 17:] = 1
     error[0, 0, 6:10] = error[1, 0, 15:] = 0.3  # something with a sure part, and something without
-    found = outline_distance(error, label, label < 9, None)
+    found = surely_there(error, label, label < 9, None)
     # Inside, the way of the innermost voxel, 3, is stretched to 10.
     np.testing.assert_allclose(found[0, 0, 5:15], [3, 2, 1, 10 / 3, 20 / 3, 10, 20 / 3, 10 / 3, 1, 2], rtol=1e-6)
     assert np.isinf(found[1]).all()
     # In a volume the way may lead to the other slice, 1.5 voxels away.
-    deep = outline_distance(error, label, label < 9, (1.5, 1.0, 1.0))
+    deep = surely_there(error, label, label < 9, (1.5, 1.0, 1.0))
     assert deep[1, 0, 10] == 1.5 and deep[0, 0, 10] == 10 and deep[0, 0, 12] == np.float32(1 / 0.15)
     # Both of one component: what is doubtful in one slice goes on to what is sure in the other.
     label[1], label[1, 0, 12:16], error[1, 0, 12:16] = 0, 1, 0.3
-    assert outline_distance(error, label, label < 9, None)[1, 0, 11] == 1
+    assert surely_there(error, label, label < 9, None)[1, 0, 11] == 1
 
 
 def test_the_core_of_something_small_is_not_its_outline():
@@ -99,19 +104,33 @@ def test_the_core_of_something_small_is_not_its_outline():
     label[0, 2:32, 2:32] = 1  # 15 voxels deep
     label[1, 10:14, 10:14] = 1  # its cap
     label[0, 4:11, 44:51] = 1  # 4 deep
-    found = outline_distance(error, label, label < 9, None)
+    found = surely_there(error, label, label < 9, None)
     np.testing.assert_array_equal(found[0, 17, 2:17], np.arange(1, 16))
     np.testing.assert_array_equal(found[1, 12, 10:12], [1, 2])
     np.testing.assert_array_equal(found[0, 7, 44:48], [2.5, 5, 7.5, 10])
     np.testing.assert_array_equal(found[0, 7, 41:44], [3, 2, 1])  # outside as ever
     label[0] = 1  # without an outline in this slice
-    assert np.isinf(outline_distance(error, label, label < 9, None)[0]).all()
+    assert np.isinf(surely_there(error, label, label < 9, None)[0]).all()
+
+
+def test_a_mass_that_is_less_doubtful_within_has_an_outline_too():
+    """Of two masses, none of which is surely there, that one whose core is at most half as doubtful as its rim."""
+    error, label = np.full((1, 20, 60), 0.3), np.zeros((1, 20, 60), np.uint8)
+    label[0, 5:14, 5:14] = label[0, 5:14, 40:49] = 1  # 5 voxels deep
+    error[0, 7:12, 7:12], error[0, 7:12, 42:47] = 0.14, 0.16
+    surely, likelier = outline_distances(error, label, label < 9, None)
+    assert np.isinf(surely).all()
+    np.testing.assert_array_equal(likelier[0, 9, :10], [5, 4, 3, 2, 1, 1, 2, 3, 4, 5])
+    assert np.isinf(likelier[0, 9, 40:49]).all()
+    # A thing without a core, two voxels across, is not likelier anywhere.
+    label[:], label[0, 5:7, 5:14], error[:] = 0, 1, 0.06
+    assert np.isinf(outline_distances(error, label, label < 9, None)[1]).all()
 
 
 def test_outside_the_body_nothing_is_sure():
     error, label = np.zeros((1, 1, 9)), np.zeros((1, 1, 9), np.uint8)
     label[0, 0, 3:7], error[0, 0, 3:6] = 1, 0.3  # column 6 lies outside, where e is 0
-    assert np.isinf(outline_distance(error, label, np.arange(9)[None, None] < 6, None)).all()
+    assert np.isinf(surely_there(error, label, np.arange(9)[None, None] < 6, None)).all()
 
 
 def test_every_class_has_its_own_outline():
@@ -119,10 +138,10 @@ def test_every_class_has_its_own_outline():
     label[0, 0, 4:8], label[0, 0, 8:] = 1, 2
     # The four voxels of the first class are stretched to 5, 10, 10, 5; the second class's outline is nearer.
     np.testing.assert_array_equal(
-        outline_distance(error, label, label < 9, None)[0, 0], [4, 3, 2, 1, 4, 3, 2, 1, 1, 2, 3, 4]
+        surely_there(error, label, label < 9, None)[0, 0], [4, 3, 2, 1, 4, 3, 2, 1, 1, 2, 3, 4]
     )
     error[0, 0, 4:8] = 0.3  # then the second class alone is sure
-    np.testing.assert_array_equal(outline_distance(error, label, label < 9, None)[0, 0, 4:9], [4, 3, 2, 1, 2.5])
+    np.testing.assert_array_equal(surely_there(error, label, label < 9, None)[0, 0, 4:9], [4, 3, 2, 1, 2.5])
 
 
 def test_records_of_a_scan():
