@@ -26,7 +26,7 @@ from entrust_jax.model import Condition, EnTrust
 from entrust_jax.runtime.mesh import round_to_devices
 from entrust_jax.segdiff import sampler as segdiff_sampler
 from entrust_jax.segdiff.sampler import Sampler
-from entrust_jax.trustmap import calibration, case, explanation, probing, statistics
+from entrust_jax.trustmap import case, explanation, pixels, probing, rungs, statistics
 
 ACTIVE = 0.005  # a slice is sampled when p_1 of foreground exceeds this somewhere in the body
 CHUNK = 8  # slices per compiled call, at most, before rounding up to the number of devices
@@ -350,11 +350,7 @@ def border(label: np.ndarray, spacing: tuple[float, ...], volumetric: bool) -> n
 
     millimetres divided by the finest spacing.
     """
-    return (
-        calibration.signed_distance_mm(label, spacing) / min(spacing)
-        if volumetric
-        else calibration.signed_distance(label)
-    )
+    return pixels.signed_distance_mm(label, spacing) / min(spacing) if volumetric else pixels.signed_distance(label)
 
 
 def unprobed(label: np.ndarray, modalities: int) -> dict[str, np.ndarray]:
@@ -434,10 +430,10 @@ def _crop(maps: dict[str, np.ndarray], volume: Volume) -> dict[str, np.ndarray]:
 
 def calibrated(raw: Raw, present: np.ndarray, chosen: str, params: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     """(p before calibration, p_cal, e) of an examined case under a fitted rung of the ladder."""
-    inputs, _ = calibration.features(raw, present)
-    one_step, mean = calibration.log_probability(raw["one_step"]), calibration.log_probability(raw["mean"])
-    before, _ = calibration.apply("identity", {}, inputs, one_step, mean, raw["label"])
-    return before, *calibration.apply(chosen, params, inputs, one_step, mean, raw["label"])
+    inputs, _ = pixels.features(raw, present)
+    one_step, mean = pixels.log_probability(raw["one_step"]), pixels.log_probability(raw["mean"])
+    before, _ = rungs.apply("identity", {}, inputs, one_step, mean, raw["label"])
+    return before, *rungs.apply(chosen, params, inputs, one_step, mean, raw["label"])
 
 
 def carried(raw: Raw, examined: Volume, scan: Volume) -> Raw:
@@ -448,7 +444,7 @@ def carried(raw: Raw, examined: Volume, scan: Volume) -> Raw:
     Ours.
     """
     source, target = resampling.lattice_of(examined), resampling.lattice_of(scan)
-    error = np.clip(raw["error_probability"], calibration.FLOOR, 1 - calibration.FLOOR)
+    error = np.clip(raw["error_probability"], pixels.FLOOR, 1 - pixels.FLOOR)
     addition = logit(error) - _log_odds_against(raw["probability"], raw["label"])
     found = {}
     for name, value in (raw | {"addition": addition}).items():
@@ -467,7 +463,7 @@ def carried(raw: Raw, examined: Volume, scan: Volume) -> Raw:
 def _log_odds_against(p: np.ndarray, label: np.ndarray) -> np.ndarray:
     """logit(1 - p[label]), from the sum of the other classes: 1 - p would cancel where the label is sure."""
     own = np.arange(p.shape[-1]) == label[..., None]
-    ours, others = (np.maximum(np.sum(p, axis=-1, where=mask), calibration.FLOOR) for mask in (own, ~own))
+    ours, others = (np.maximum(np.sum(p, axis=-1, where=mask), pixels.FLOOR) for mask in (own, ~own))
     return np.log(others) - np.log(ours)
 
 

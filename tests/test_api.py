@@ -9,7 +9,7 @@ import pytest
 
 from entrust_jax import api
 from entrust_jax.errors import UserError
-from entrust_jax.trustmap import calibration, ood
+from entrust_jax.trustmap import ood, rungs
 
 SPACE = (4, 48, 48)
 
@@ -29,7 +29,7 @@ def test_a_folder_knows_how_it_was_trained(ensemble, trained):
     workdir = trained("deep_ensemble")
     assert ensemble.workdir == workdir and ensemble.name == "deep_ensemble"
     assert ensemble.config.method == "deep_ensemble" and ensemble.config.unet.members == 2
-    assert ensemble.rung in calibration.RUNGS and 0 < ensemble.tau < 1
+    assert ensemble.rung in rungs.RUNGS and 0 < ensemble.tau < 1
     leaves = api.jax.tree.leaves(ensemble.params)
     assert all(len(leaf) == 2 for leaf in leaves)  # members
     assert any(not np.array_equal(leaf[0], leaf[1]) for leaf in leaves)

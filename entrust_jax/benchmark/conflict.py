@@ -31,7 +31,7 @@ from entrust_jax.errors import UserError
 from entrust_jax.metrics import conflict, usefulness
 from entrust_jax.report import curves
 from entrust_jax.runtime import logs
-from entrust_jax.trustmap import calibration, probing
+from entrust_jax.trustmap import pixels, probing
 from entrust_jax.trustmap import statistics as spread
 
 DOSES = (0.25, 0.5, 0.75, 1.0)
@@ -295,7 +295,7 @@ def reasons(
         found["hypotheses_moved"] = float(np.mean(differ[:, region].mean(axis=1) >= 0.5))
     if one.doubt is not None and "conflict" in one.maps:
         near = injection.grown(region, NEIGHBOURHOOD) & volume.body
-        distance = np.abs(calibration.signed_distance(one.label))[near]
+        distance = np.abs(pixels.signed_distance(one.label))[near]
         u, kappa = one.maps[HEADLINE][near], one.maps["conflict"][near]
         found["spearman"] = conflict.partial_spearman(u, kappa, [])
         found["partial_spearman"] = conflict.partial_spearman(u, kappa, [distance, one.doubt[near]])

@@ -29,7 +29,7 @@ from entrust_jax.report import curves, markdown
 from entrust_jax.runtime import logs, mesh
 from entrust_jax.training.calibration_data import calibration_set
 from entrust_jax.training.stages import plan_stages
-from entrust_jax.trustmap import calibration, case
+from entrust_jax.trustmap import calibration, case, pixels
 
 HYPOTHESES = 24
 SLICES = 32  # phantoms in one compiled call
@@ -90,7 +90,7 @@ def borrowed(ablation: Ablation, workdir: Path) -> api.Trained:
     cases, _ = dataset.read(config.data, model.splits["calibration"], config.seed)
     data = calibration_set(config, network, model.params, model.tau, cases, model.mesh)
     raw = networks.examine_with(config, network, model.params, model.mesh, model.tau, cases[0])
-    _, names = calibration.features(raw, cases[0].present)
+    _, names = pixels.features(raw, cases[0].present)
     # An input that never varies is switched off when the head is fitted.
     seen = np.isin(names, ablation.inputs) | (ablation.inputs == ALL)
     data = dataclasses.replace(data, features=np.float32(data.features * seen))

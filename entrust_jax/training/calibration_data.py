@@ -10,7 +10,7 @@ from entrust_jax import inference, networks
 from entrust_jax.data import preprocess
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.runtime import logs
-from entrust_jax.trustmap import calibration
+from entrust_jax.trustmap import calibration, pixels
 
 
 def calibration_set(
@@ -32,13 +32,13 @@ def calibration_slices(raw: inference.Raw, volume: Volume, patient: int, seed: i
     kept = raw["kept"]
     body, labels = volume.body[kept], preprocess.labels_of(volume)
     delivered = raw["label"]
-    inputs, _ = calibration.features(raw, volume.present)
+    inputs, _ = pixels.features(raw, volume.present)
     rng = np.random.default_rng([seed, volume.number])
-    weight = calibration.importance_weights(raw["entropy"], raw["border"], body, rng)
+    weight = pixels.importance_weights(raw["entropy"], raw["border"], body, rng)
     first = calibration.CalibrationSet(
         features=inputs,
-        one_step=calibration.log_probability(raw["one_step"]),
-        mean=calibration.log_probability(raw["mean"]),
+        one_step=pixels.log_probability(raw["one_step"]),
+        mean=pixels.log_probability(raw["mean"]),
         label=labels[0][kept],
         delivered=delivered.astype(np.int32),
         weight=weight * raw["slice_weight"][:, None, None] / len(labels),

@@ -54,7 +54,8 @@ def outline_distances(
     surely, likelier = (np.full(label.shape, np.inf, np.float32) for _ in range(2))
     for k in range(1, int(label.max()) + 1):
         numbered = np.zeros(label.shape, np.int32)
-        count = int(ndimage.label(label == k, structure=np.ones((3, 3, 3)), output=numbered)) + 1
+        ndimage.label(label == k, structure=np.ones((3, 3, 3)), output=numbered)
+        count = int(numbered.max()) + 1
         if count == 1:
             continue
         depth = _ways_to(label != k, label == k, sampling)

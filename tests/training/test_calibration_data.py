@@ -6,7 +6,7 @@ import numpy as np
 
 from entrust_jax.data import preprocess
 from entrust_jax.training import calibration_data
-from entrust_jax.trustmap import calibration
+from entrust_jax.trustmap import calibration, pixels
 
 
 def test_calibration_joins_scans_of_different_sizes():
@@ -33,7 +33,7 @@ def test_each_rater_calibrates_with_his_share():
     p = np.full((d, h, w, 2), 0.5, np.float32)
     raw = dict.fromkeys(("entropy", "divergence", "within", "disagreement", "gap"), zero)
     raw |= {"one_step": p, "mean": p, "label": labels[0].astype(np.uint8), "kept": np.array([0, 2])}
-    raw["border"] = calibration.signed_distance(raw["label"])
+    raw["border"] = pixels.signed_distance(raw["label"])
     raw = {name: value if name == "kept" else value[[0, 2]] for name, value in raw.items()}
     raw["slice_weight"] = np.array([1.5, 1.5], np.float32)
     plain = preprocess.Volume(

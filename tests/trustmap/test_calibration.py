@@ -10,6 +10,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.special import log_softmax, softmax
 
 from entrust_jax.trustmap import calibration as cal
+from entrust_jax.trustmap import pixels, rungs
 
 SIZE, STEPS = 24, 400
 
@@ -25,8 +26,8 @@ def make(seed: int, patients: int, classes: int, power: float, slices: int = 3):
     reported = softmax(power * np.log(p), axis=-1)
     delivered = reported.argmax(-1).astype(np.uint8)
     maps = {"one_step": reported, "mean": reported, "entropy": -(reported * np.log(reported)).sum(-1)}
-    columns, _ = cal.features(maps | {"border": cal.signed_distance(delivered)}, np.array([True, True]))
-    log_p = cal.log_probability(reported)
+    columns, _ = pixels.features(maps | {"border": pixels.signed_distance(delivered)}, np.array([True, True]))
+    log_p = pixels.log_probability(reported)
     data = cal.CalibrationSet(
         columns,
         log_p,
@@ -44,7 +45,7 @@ def nll(data: cal.CalibrationSet, probability: np.ndarray) -> float:
 
 
 def run(name: str, params: dict, data: cal.CalibrationSet):
-    return cal.apply(name, params, data.features, data.one_step, data.mean, data.delivered)
+    return rungs.apply(name, params, data.features, data.one_step, data.mean, data.delivered)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def head(binary):
     return cal.fit("head", binary[0], jax.random.key(0), steps=STEPS)
 
 
-@pytest.mark.parametrize("name", [n for n in cal.RUNGS if n != "isotonic"])
+@pytest.mark.parametrize("name", [n for n in rungs.RUNGS if n != "isotonic"])
 def test_every_rung_starts_at_the_identity(name: str, binary):
     data, _ = binary
     rng = np.random.default_rng(1)
@@ -71,7 +72,7 @@ def test_every_rung_starts_at_the_identity(name: str, binary):
     np.testing.assert_allclose(e, 1 - right, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in cal.RUNGS if n != "identity"])
+@pytest.mark.parametrize("name", [n for n in rungs.RUNGS if n != "identity"])
 def test_overconfidence_is_repaired(name: str, binary):
     data, truth = binary
     params = cal.fit(name, data, jax.random.key(0), steps=STEPS)
@@ -93,10 +94,10 @@ def test_windows_of_the_fit_are_the_convolution_of_apply(binary, head):
     pixels = cal._gather(data, np.random.default_rng(0))
     p, e = run("head", params, data)
     params = jax.tree.map(jnp.asarray, params)
-    z = cal._standardise(params, jnp.asarray(pixels.windows)) * pixels.inside[..., None]
-    hidden = cal._window_convolution(params["kernel0"])(z)
+    z = rungs.standardise(params, jnp.asarray(pixels.windows)) * pixels.inside[..., None]
+    hidden = rungs.window_convolution(params["kernel0"])(z)
     given = [jnp.asarray(a) for a in (pixels.one_step, pixels.mean, pixels.delivered)]
-    log_p, error, _ = cal._head(params, hidden, *given)
+    log_p, error, _ = rungs.head(params, hidden, *given)
     assert len(log_p) == p[..., 0].size
     np.testing.assert_allclose(np.exp(log_p), p.reshape(-1, 2), atol=1e-5)
     np.testing.assert_allclose(jax.nn.sigmoid(error), e.ravel(), atol=1e-5)
@@ -108,7 +109,7 @@ def test_selection_never_raises_the_crossfitted_nll(power: float, classes: int):
     data, _ = make(3, 8, classes, power, slices=1)
     result = cal.select(data, jax.random.key(1), steps=40, folds=2)
     table = result["table"]
-    assert set(table) == set(cal.RUNGS) and result["note"] == "" and result["patients"] == 8
+    assert set(table) == set(rungs.RUNGS) and result["note"] == "" and result["patients"] == 8
     assert table[result["chosen"]]["nll"] <= table["identity"]["nll"]
     if power > 1:
         assert table[result["chosen"]]["nll"] < table["identity"]["nll"] - 0.01
@@ -129,7 +130,7 @@ def test_head_is_dropped_unless_it_is_clearly_better(monkeypatch, binary):
 
     rung = []
     monkeypatch.setattr(cal, "_fit", lambda name, *_: rung.append(name) or {})
-    monkeypatch.setattr(cal, "apply", lambda name, *_: (np.zeros(1), None))
+    monkeypatch.setattr(rungs, "apply", lambda name, *_: (np.zeros(1), None))
     monkeypatch.setattr(cal, "patient_nll", fake_nll)
 
     def costs(spread: float):
@@ -151,7 +152,7 @@ def test_few_patients_get_temperature_or_identity_and_are_told():
     assert alone["chosen"] == "identity" and "1 calibration patient" in alone["note"]
 
 
-@pytest.mark.parametrize("name", cal.RUNGS)
+@pytest.mark.parametrize("name", rungs.RUNGS)
 def test_a_class_that_never_occurs_stays_finite(name: str, binary):
     data, _ = binary
     data = dataclasses.replace(data, label=np.zeros_like(data.label))
@@ -179,60 +180,3 @@ def test_errors(binary):
     params = cal.fit("head", data, jax.random.key(0), steps=0)
     with pytest.raises(ValueError, match="fitted on"):
         run("head", params, dataclasses.replace(data, features=data.features[..., 1:]))
-
-
-def test_signed_distance_by_hand():
-    label = np.zeros((2, 1, 7), np.uint8)
-    label[0, 0, 2:5] = [1, 1, 2]
-    expected = [1.5, 0.5, -0.5, -0.5, -0.5, 0.5, 1.5]
-    np.testing.assert_allclose(cal.signed_distance(label)[0, 0], expected)
-    np.testing.assert_allclose(cal.signed_distance(label)[1], 8.0)
-
-
-def test_signed_distance_in_mm_goes_through_the_slices():
-    label = np.zeros((5, 1, 9), np.uint8)
-    label[2, 0, 3:6] = 1
-    found = cal.signed_distance_mm(label, (3.0, 1.0, 1.0))
-    np.testing.assert_allclose(found[2, 0], [2.5, 1.5, 0.5, -0.5, -1.5, -0.5, 0.5, 1.5, 2.5])
-    np.testing.assert_allclose(found[:, 0, 4], [5.5, 2.5, -1.5, 2.5, 5.5])
-    np.testing.assert_allclose(found[1, 0, 2], np.sqrt(9 + 1) - 0.5, rtol=1e-6)
-    np.testing.assert_allclose(cal.signed_distance_mm(0 * label, (3.0, 1.0, 1.0)), 5 * 3 + 1 + 9)
-
-
-def test_importance_weights_are_unbiased_and_prefer_the_uncertain():
-    rng = np.random.default_rng(0)
-    entropy = np.zeros((4, 64, 64))
-    entropy[:, :8, :8] = 0.5
-    body = np.ones(entropy.shape, bool)
-    body[:, -8:] = False
-    distance = np.full(entropy.shape, 30.0)
-    draws = [cal.importance_weights(entropy, distance, body, rng, per_slice=64) for _ in range(60)]
-    assert all((w[~body] == 0).all() for w in draws)
-    uncertain = entropy > 0
-    assert np.mean([(w[uncertain] > 0).sum() for w in draws]) == pytest.approx(4 * 32, rel=0.1)
-    assert np.mean([(w[~uncertain] > 0).sum() for w in draws]) == pytest.approx(4 * 32, rel=0.1)
-    assert np.mean([w.sum() for w in draws]) == pytest.approx(body.sum(), rel=0.05)
-
-
-def test_features_hold_what_the_method_has():
-    p = np.full((2, 8, 8, 2), 0.5)
-    delivered = np.zeros((2, 8, 8), np.uint8)
-    columns, names = cal.features(
-        {"one_step": p, "entropy": p[..., 0], "border": cal.signed_distance(delivered)}, np.array([True, False])
-    )
-    assert names == (
-        "log_one_step_0",
-        "log_one_step_1",
-        "entropy",
-        "border_distance",
-        "present_0",
-        "present_1",
-    )
-    np.testing.assert_allclose(columns[0, 0, 0], [np.log(0.5), np.log(0.5), 0.5, 1.0, 1.0, 0.0], rtol=1e-6)
-    scalar = np.zeros((2, 8, 8))
-    maps = {"one_step": p, "mean": p} | dict.fromkeys(
-        ("entropy", "divergence", "within", "conflict", "js", "delta_conflict", "gap"), scalar
-    )
-    maps |= {"delta_modality": np.zeros((2, 2, 8, 8))}
-    columns, names = cal.features(maps | {"border": cal.signed_distance(delivered)}, np.array([True, True]))
-    assert columns.shape[-1] == len(names) == 2 + 2 + 7 + 2 + 1 + 2

@@ -78,7 +78,9 @@ def test_a_modality_that_ends_is_missing_where_it_ends():
     shape = (2, 1, 2)
     support = np.zeros((2, *shape, 2))
     far = np.full(shape, np.inf)
-    codes = cause(np.full(shape, 0.5), np.zeros(shape), support, far, far, far, far > 0, np.array([[1, 1], [1, 0]], bool))
+    codes = cause(
+        np.full(shape, 0.5), np.zeros(shape), support, far, far, far, far > 0, np.array([[1, 1], [1, 0]], bool)
+    )
     assert codes[:, 0, 0].tolist() == [explanation.IGNORANCE, explanation.MISSING_INPUT]
 
 
