@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Integer, UInt8
 
-from entrust_jax.data import phantom, phantom_law
+from entrust_jax.data import phantom, phantom_law, phantom_scene
 from entrust_jax.errors import UserError
 from entrust_jax.metrics import calibration, distribution, usefulness
 
@@ -83,7 +83,7 @@ class Blobs(NamedTuple):
     guilty: Bool[np.ndarray, "n m j"]
 
 
-def blobs(scenes: phantom.Scene, spec: phantom.Spec, margin: float = MARGIN) -> Blobs:
+def blobs(scenes: phantom_scene.Scene, spec: phantom.Spec, margin: float = MARGIN) -> Blobs:
     """The blobs of binary phantoms with one slice; every field of `scenes` has a leading axis.
 
     Raises UserError where lesions are so small that a core would be empty.
@@ -178,25 +178,25 @@ def g4_share(seen: Observation, found: Blobs) -> dict[str, Any]:
     return _check(value, [low, high], low <= value <= high)
 
 
-def diversity(hypotheses: UInt8[np.ndarray, "n s h w"], scenes: phantom.Scene) -> float:
+def diversity(hypotheses: UInt8[np.ndarray, "n s h w"], scenes: phantom_scene.Scene) -> float:
     """Pairwise disagreement of hard votes over its analytic value, over all pixels in reach of a site."""
     reach = np.asarray(scenes.site)[:, 0] >= 0
     return float(disagreement(hypotheses)[reach].mean() / exact_disagreement(scenes)[reach].mean())
 
 
-def g5_diversity(seen: Observation, scenes: phantom.Scene) -> dict[str, Any]:
+def g5_diversity(seen: Observation, scenes: phantom_scene.Scene) -> dict[str, Any]:
     """Pairwise pixel disagreement of hard votes over its analytic value, over all pixels in reach of a site."""
     value = diversity(seen.hypotheses, scenes)
     low, high = THRESHOLDS["G5"]
     return _check(value, [low, high], low <= value <= high)
 
 
-def exact_disagreement(scenes: phantom.Scene) -> Float[np.ndarray, "n h w"]:
+def exact_disagreement(scenes: phantom_scene.Scene) -> Float[np.ndarray, "n h w"]:
     """Probability that two draws of the exact law differ at a pixel: 1 - sum_k p_k^2."""
     return 1.0 - np.sum(np.square(np.asarray(scenes.marginal, np.float64)[:, 0]), axis=-1)
 
 
-def regions(scenes: phantom.Scene, found: Blobs) -> dict[str, Bool[np.ndarray, "n h w"]]:
+def regions(scenes: phantom_scene.Scene, found: Blobs) -> dict[str, Bool[np.ndarray, "n h w"]]:
     """The cores of each kind of blob, and the boundaries of those that are not in conflict."""
     masks = {kind: np.any(found.core & (found.kind == i)[..., None, None], axis=1) for i, kind in enumerate(KINDS)}
     site, boundary = np.asarray(scenes.site)[:, 0], np.asarray(scenes.boundary)[:, 0]
@@ -204,7 +204,7 @@ def regions(scenes: phantom.Scene, found: Blobs) -> dict[str, Bool[np.ndarray, "
     return masks | {"boundary": boundary & (own != CONFLICT)}
 
 
-def g6_enrichment(seen: Observation, scenes: phantom.Scene, found: Blobs) -> dict[str, Any]:
+def g6_enrichment(seen: Observation, scenes: phantom_scene.Scene, found: Blobs) -> dict[str, Any]:
     """Divergence of hypotheses in conflict over that in agreement, relative to its exact value; the same of ignorance;
 
     AUROC of kappa for conflict cores against ignored cores, and against boundaries of blobs that are not in conflict
@@ -253,7 +253,7 @@ def g7_joint(seen: Observation, laws: Sequence[phantom_law.Law], found: Blobs) -
     return _check(value, limit, all(abs(value[name]) <= limit[name] for name in limit))
 
 
-def g8_scores(seen: Observation, scenes: phantom.Scene, found: Blobs) -> dict[str, Any]:
+def g8_scores(seen: Observation, scenes: phantom_scene.Scene, found: Blobs) -> dict[str, Any]:
     """NLL per blob above that of the analytic posterior, and the ROI's class-wise ECE, both after calibration."""
 
     def nll(p: np.ndarray) -> float:
@@ -290,7 +290,7 @@ def g9_blame(seen: Observation, found: Blobs, spec: phantom.Spec) -> dict[str, A
     return _check(ratios, THRESHOLDS["G9"], passed) | {"rate": rates, "exact": ideal}
 
 
-def g10_errors(seen: Observation, scenes: phantom.Scene) -> dict[str, Any]:
+def g10_errors(seen: Observation, scenes: phantom_scene.Scene) -> dict[str, Any]:
     """What the delivered error probability finds beyond the entropy: differences in AUROC over the ROI's pixels and in
 
     area under the risk-coverage curve over cases (both better when positive).

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 
 from entrust_jax import api
-from entrust_jax.data import dataset, phantom
+from entrust_jax.data import dataset, phantom, phantom_scene
 from entrust_jax.errors import UserError
 from entrust_jax.metrics import statistics
 from entrust_jax.report import markdown
@@ -28,7 +28,7 @@ ROWS = {code: explanation.CAUSES[code] for code in PLANTED} | {BOTH: "conflict a
 GIVEN = range(explanation.MISSING_INPUT, len(explanation.CAUSES))
 
 
-def planted(scene: phantom.Scene) -> UInt8[np.ndarray, "d h w"]:
+def planted(scene: phantom_scene.Scene) -> UInt8[np.ndarray, "d h w"]:
     """The cause that a phantom plants at each voxel, BOTH where there are two; 0 where it plants none, as at a site
     where some reader speaks and none contradicts, however little they say.
     """
@@ -112,12 +112,12 @@ def run(trained: api.Trained, cases: int, output: Path, about: dict[str, Any]) -
     spec = dataset.phantom_spec(trained.config.data)
     volumes, _ = api.read_cases(trained)
     volumes = volumes[:cases] if cases else volumes
-    scenes = phantom.scenes(spec, [volume.number for volume in volumes], trained.config.seed)
+    scenes = phantom_scene.scenes(spec, [volume.number for volume in volumes], trained.config.seed)
     by_voxel, by_region = [], []
     with logs.progress("causes", len(volumes)) as show:
         for i, volume in enumerate(volumes):
             said = api.predict_volume(trained, volume)
-            exact = planted(phantom.Scene(*(np.asarray(field)[i] for field in scenes)))
+            exact = planted(phantom_scene.Scene(*(np.asarray(field)[i] for field in scenes)))
             by_voxel.append(voxels(exact, said["cause"]))
             by_region.append(regions(exact, said))
             show(i + 1)

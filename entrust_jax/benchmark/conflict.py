@@ -24,7 +24,7 @@ from entrust_jax import api
 from entrust_jax.baselines.unet import UNet
 from entrust_jax.benchmark import acceptance
 from entrust_jax.benchmark.conflict_figures import AIMS, HEADLINE, Result, flat_rows, summarise, table
-from entrust_jax.data import dataset, injection, phantom, phantom_law, resampling
+from entrust_jax.data import dataset, injection, phantom, phantom_law, phantom_scene, resampling
 from entrust_jax.data.injection import Injection
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
@@ -150,11 +150,13 @@ def phantoms(spec: phantom.Spec, numbers: Sequence[int], seed: int) -> Iterator[
     """Phantoms at whose sites all readers show the same, and are made to show the opposite; with the exact figures."""
     if spec.variant != "binary" or spec.depth != 1:
         raise UserError("data.phantom: the conflict suite takes phantoms of one slice with one kind of lesion")
-    scenes = phantom.scenes(spec, numbers, seed)
+    scenes = phantom_scene.scenes(spec, numbers, seed)
     found = acceptance.blobs(scenes, spec)
-    volumes = phantom.volumes(spec, numbers, seed)
+    volumes = phantom_scene.volumes(spec, numbers, seed)
     readers, sites = len(spec.modalities), spec.sites
-    flips = {(m, j): phantom.volumes(spec, numbers, seed, flip=(m, j)) for m in range(readers) for j in range(sites)}
+    flips = {
+        (m, j): phantom_scene.volumes(spec, numbers, seed, flip=(m, j)) for m in range(readers) for j in range(sites)
+    }
     for n, volume in enumerate(volumes):
         said = found.evidence[n]
         agreed = [j for j in range(sites) if abs(int(said[:, j].sum())) == readers]

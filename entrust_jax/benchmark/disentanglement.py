@@ -20,7 +20,7 @@ from scipy.special import expit
 
 from entrust_jax import api, networks
 from entrust_jax.benchmark import acceptance
-from entrust_jax.data import phantom, pipeline
+from entrust_jax.data import phantom, phantom_scene, pipeline
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.enfuse import objective
 from entrust_jax.layers import apply
@@ -72,7 +72,7 @@ def _encode(network: EnTrust, params: Any, batch: dict[str, Array], availability
 def measure(
     model: api.Trained,
     volumes: list[Volume],
-    scenes: phantom.Scene,
+    scenes: phantom_scene.Scene,
     spec: phantom.Spec,
     one_step: Float[np.ndarray, "n h w k"],
 ) -> dict[str, float]:
@@ -203,7 +203,7 @@ def label_probe(x: Float[np.ndarray, "n t s d"], label: Bool[np.ndarray, "n h w"
     return dice(said[half:], truth[half:])
 
 
-def ranking(x: Float[np.ndarray, "n h w"], scenes: phantom.Scene, spec: phantom.Spec) -> dict[str, float]:
+def ranking(x: Float[np.ndarray, "n h w"], scenes: phantom_scene.Scene, spec: phantom.Spec) -> dict[str, float]:
     """AUROC of a map for conflict cores against ignored cores, calm boundaries and agreed cores."""
     masks = acceptance.regions(scenes, acceptance.blobs(scenes, spec))
     conflict = masks["conflict"]
@@ -217,7 +217,7 @@ def ranking(x: Float[np.ndarray, "n h w"], scenes: phantom.Scene, spec: phantom.
 def intervention(
     model: api.Trained,
     before: Float[np.ndarray, "n h w"],
-    scenes: phantom.Scene,
+    scenes: phantom_scene.Scene,
     spec: phantom.Spec,
     numbers: list[int],
 ) -> dict[str, float]:
@@ -225,7 +225,9 @@ def intervention(
 
     before: kappa of the phantoms with these numbers as they are.
     """
-    change = np.abs(parts_of(model, phantom.volumes(spec, numbers, model.config.seed, flip=(1, 0))).kappa - before)
+    change = np.abs(
+        parts_of(model, phantom_scene.volumes(spec, numbers, model.config.seed, flip=(1, 0))).kappa - before
+    )
     site, distance = np.asarray(scenes.site)[:, 0], np.asarray(scenes.distance)[:, 0]
     shown = np.asarray(scenes.evidence)[:, :, 0].all(axis=1)  # a reader who shows nothing has nothing to flip
     body = np.asarray(scenes.body)[:, 0]

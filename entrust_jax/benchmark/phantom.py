@@ -22,7 +22,7 @@ from entrust_jax import model as entrust
 from entrust_jax.benchmark import acceptance, disentanglement, references
 from entrust_jax.benchmark.ablations import ABLATIONS, ALL, REFERENCE, Ablation
 from entrust_jax.benchmark.acceptance import Observation
-from entrust_jax.data import dataset, phantom, phantom_law, pipeline
+from entrust_jax.data import dataset, phantom, phantom_law, phantom_scene, pipeline
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.report import curves, markdown
@@ -167,7 +167,7 @@ def observe(model: api.Trained, volumes: list[Volume], hypotheses: int) -> Obser
     )
 
 
-def by_steps(model: api.Trained, volumes: list[Volume], scenes: phantom.Scene) -> dict[str, Any]:
+def by_steps(model: api.Trained, volumes: list[Volume], scenes: phantom_scene.Scene) -> dict[str, Any]:
     """Diversity of hypotheses drawn in few and in many steps: {sampler: {steps: figure}}."""
     found: dict[str, Any] = {method: {} for method in METHODS}
     key, own = jax.random.key(model.config.seed), inference.sampler_of(model.config)
@@ -186,7 +186,9 @@ def by_steps(model: api.Trained, volumes: list[Volume], scenes: phantom.Scene) -
     return found
 
 
-def checks(seen: Observation, alone: acceptance.Alone, scenes: phantom.Scene, spec: phantom.Spec) -> dict[str, Any]:
+def checks(
+    seen: Observation, alone: acceptance.Alone, scenes: phantom_scene.Scene, spec: phantom.Spec
+) -> dict[str, Any]:
     """Every acceptance check of one model: what it says with every modality, and without the second one."""
     found = acceptance.blobs(scenes, spec)
     rows = zip(np.asarray(scenes.belief), np.asarray(scenes.site), np.asarray(scenes.distance), strict=True)
@@ -221,7 +223,7 @@ def fakes(spec: phantom.Spec, numbers: Iterable[int], hypotheses: int) -> dict[s
     rare = dataclasses.replace(spec, prior=0.3, ignorance=silence)
     failed: dict[str, list[str]] = {}
     for kind, words in ((spec, ""), (rare, ", lesions rare")):
-        scenes = phantom.scenes(kind, numbers, 0)
+        scenes = phantom_scene.scenes(kind, numbers, 0)
         seen = references.exact(scenes, kind, hypotheses, 0)
         found = acceptance.blobs(scenes, kind)
         rest = references.marginals(scenes, references.readers(scenes, kind)[:, ~SECOND], kind)
@@ -373,7 +375,7 @@ def short(name: str) -> str:
 def examine(config: Any, ablation: Ablation, model: api.Trained, seed: int, cases: int, folder: Path) -> None:
     """Writes what a model says of the test phantoms, with every modality and without the second, into `folder`."""
     spec = dataset.phantom_spec(config.data)
-    volumes = phantom.volumes(spec, range(FIRST, FIRST + cases), seed)
+    volumes = phantom_scene.volumes(spec, range(FIRST, FIRST + cases), seed)
     with ablation.drawing():
         seen = observe(model, volumes, HYPOTHESES)
     save(folder / "alone.npz", glance(model, [without(volume, 1) for volume in volumes]))
@@ -391,7 +393,7 @@ def judge(config: Any, seed: int, folder: Path) -> dict[str, Any]:
     """The checks of a model that `examine` has written down."""
     spec = dataset.phantom_spec(config.data)
     seen, alone = Observation(**np.load(folder / "seen.npz")), acceptance.Alone(**np.load(folder / "alone.npz"))
-    scenes = phantom.scenes(spec, range(FIRST, FIRST + len(seen.label)), seed)
+    scenes = phantom_scene.scenes(spec, range(FIRST, FIRST + len(seen.label)), seed)
     return checks(seen, alone, scenes, spec)
 
 
@@ -415,7 +417,7 @@ def check(config: Any, output: Path, names: list[str]) -> None:
     if len(data.modalities) < 2:
         raise UserError(f"--config: {config.name} has one reader; without a second one there is no conflict to judge")
     spec = dataset.phantom_spec(data)
-    acceptance.blobs(phantom.scenes(spec, [FIRST], 0), spec)
+    acceptance.blobs(phantom_scene.scenes(spec, [FIRST], 0), spec)
     path = output / "summary.json"
     if path.exists() and not {*json.loads(path.read_text())["ablations"]} <= {*names}:
         raise UserError(f"{path}: holds results that this command would lose; give another --output")
@@ -450,7 +452,7 @@ def run(config: Any, output: Path, names: list[str], seeds: int, cases: int) -> 
                     examine(own, ablation, model, seed, cases, workdir)
                 spec = dataset.phantom_spec(own.data)
                 numbers = range(FIRST, FIRST + -(-cases // 4))
-                scenes, volumes = phantom.scenes(spec, numbers, seed), phantom.volumes(spec, numbers, seed)
+                scenes, volumes = phantom_scene.scenes(spec, numbers, seed), phantom_scene.volumes(spec, numbers, seed)
                 if "steps.json" in missing:
                     logs.write_json(workdir / "steps.json", by_steps(model, volumes, scenes))
                 if "parts.json" in missing:
@@ -487,7 +489,7 @@ def draw(config: Any, output: Path, summary: Mapping[str, Any]) -> None:
     """The suite's pictures, of the reference's first seed: beliefs of blobs, conflict beside what was planted."""
     spec, folder = dataset.phantom_spec(config.data), output / "runs" / f"{REFERENCE}_0"
     seen = Observation(**np.load(folder / "seen.npz"))
-    scenes = phantom.scenes(spec, range(FIRST, FIRST + len(seen.label)), 0)
+    scenes = phantom_scene.scenes(spec, range(FIRST, FIRST + len(seen.label)), 0)
     found = acceptance.blobs(scenes, spec)
     share = np.mean(acceptance.shown(seen.hypotheses, found) >= 0.5, axis=1)
     panels = {

@@ -9,21 +9,21 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from entrust_jax.benchmark.acceptance import CONFLICT, Blobs, Observation
-from entrust_jax.data import phantom
+from entrust_jax.data import phantom, phantom_scene
 from entrust_jax.enfuse import conflict
 from entrust_jax.trustmap import probing, statistics
 
 TEMPERATURE = 2.0  # of the fake that takes conflict for entropy
 
 
-def readers(scenes: phantom.Scene, spec: phantom.Spec) -> Float[np.ndarray, "n t j"]:
+def readers(scenes: phantom_scene.Scene, spec: phantom.Spec) -> Float[np.ndarray, "n t j"]:
     """P(blob | the modalities of a subset) of every phantom, for every subset in the order of `probing.subsets`."""
     table = jnp.asarray(probing.subsets(len(spec.modalities)).astype(bool))
     of_subset = jax.vmap(lambda evidence, present: phantom.posterior(evidence, present, spec), in_axes=(None, 0))
     return np.asarray(jax.jit(jax.vmap(of_subset, in_axes=(0, None)))(jnp.asarray(scenes.evidence), table))
 
 
-def marginals(scenes: phantom.Scene, posterior: Float[np.ndarray, "n j"], spec: phantom.Spec) -> np.ndarray:
+def marginals(scenes: phantom_scene.Scene, posterior: Float[np.ndarray, "n j"], spec: phantom.Spec) -> np.ndarray:
     """Exact class marginals [n h w k] of blobs with these probabilities of being there."""
     each = jax.jit(jax.vmap(lambda site, distance, p: phantom.marginal(site, distance, p, spec)))
     site, distance = jnp.asarray(scenes.site)[:, 0], jnp.asarray(scenes.distance)[:, 0]
@@ -32,7 +32,7 @@ def marginals(scenes: phantom.Scene, posterior: Float[np.ndarray, "n j"], spec: 
 
 def draw(
     rng: np.random.Generator,
-    scenes: phantom.Scene,
+    scenes: phantom_scene.Scene,
     posterior: Float[np.ndarray, "n j"],
     spec: phantom.Spec,
     count: int,
@@ -49,7 +49,7 @@ def draw(
     return inside.reshape(n, count, *site.shape[1:]).astype(np.uint8)
 
 
-def exact(scenes: phantom.Scene, spec: phantom.Spec, count: int, seed: int) -> Observation:
+def exact(scenes: phantom_scene.Scene, spec: phantom.Spec, count: int, seed: int) -> Observation:
     """What an ideal observer of all the images would say, with `count` hypotheses from the exact law."""
     rng = np.random.default_rng(seed)
     beliefs = readers(scenes, spec)
@@ -70,7 +70,7 @@ def exact(scenes: phantom.Scene, spec: phantom.Spec, count: int, seed: int) -> O
     )
 
 
-def opposition(scenes: phantom.Scene, spec: phantom.Spec, beliefs: Float[np.ndarray, "n t j"]) -> np.ndarray:
+def opposition(scenes: phantom_scene.Scene, spec: phantom.Spec, beliefs: Float[np.ndarray, "n t j"]) -> np.ndarray:
     """kappa [n h w] of exact unimodal posteriors against the exact positional base rate."""
     alone = unimodal(scenes, spec, beliefs)
     prior = np.maximum(marginals(scenes, beliefs[:, 0], spec), 1e-3)
@@ -79,13 +79,13 @@ def opposition(scenes: phantom.Scene, spec: phantom.Spec, beliefs: Float[np.ndar
     return np.asarray(conflict.strongest(pairs))
 
 
-def unimodal(scenes: phantom.Scene, spec: phantom.Spec, beliefs: Float[np.ndarray, "n t j"]) -> np.ndarray:
+def unimodal(scenes: phantom_scene.Scene, spec: phantom.Spec, beliefs: Float[np.ndarray, "n t j"]) -> np.ndarray:
     """Exact marginals of each modality alone, [n m h w k]."""
     return np.stack([marginals(scenes, beliefs[:, 2**m], spec) for m in range(len(spec.modalities))], axis=1)
 
 
 def hot_in_conflict(
-    seen: Observation, scenes: phantom.Scene, spec: phantom.Spec, found: Blobs, seed: int
+    seen: Observation, scenes: phantom_scene.Scene, spec: phantom.Spec, found: Blobs, seed: int
 ) -> Observation:
     """Fake: where readers contradict each other the belief is flattened, as if conflict were entropy."""
     p = np.asarray(scenes.posterior)
@@ -110,7 +110,7 @@ def thresholds_of_one_map(seen: Observation, seed: int) -> Observation:
     return seen._replace(hypotheses=(seen.one_step[:, None, ..., 1] > level).astype(np.uint8))
 
 
-def divergence_as_conflict(seen: Observation, scenes: phantom.Scene, spec: phantom.Spec) -> Observation:
+def divergence_as_conflict(seen: Observation, scenes: phantom_scene.Scene, spec: phantom.Spec) -> Observation:
     """Fake: Jensen-Shannon divergence in place of kappa; it also fires where one reader merely knows nothing."""
     alone = jnp.asarray(unimodal(scenes, spec, readers(scenes, spec)))
     js = conflict.jensen_shannon(alone, jnp.ones(alone.shape[:-1]))

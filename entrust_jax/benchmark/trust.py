@@ -17,7 +17,7 @@ import numpy as np
 from scipy import ndimage, stats
 
 from entrust_jax import api
-from entrust_jax.data import augment, dataset, intensity, phantom
+from entrust_jax.data import augment, dataset, intensity, phantom_scene
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.metrics import statistics
@@ -328,7 +328,7 @@ def observed(trained: api.Trained, cases: Sequence[Volume], title: str) -> list[
 def extra_phantoms(trained: api.Trained, count: int) -> list[Volume]:
     """Phantoms beyond those of the split, of the law that it was drawn from."""
     first = 1 + max(int(name.rsplit("_", 1)[1]) for part in trained.splits.values() for name in part)
-    names = [phantom.case_name(number) for number in range(first, first + count)]
+    names = [phantom_scene.case_name(number) for number in range(first, first + count)]
     return dataset.read(trained.config.data, names, trained.config.seed)[0]
 
 

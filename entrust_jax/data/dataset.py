@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from entrust_jax.data import layouts, nnunet, phantom, preprocess, resampling, splits
+from entrust_jax.data import layouts, nnunet, phantom, phantom_scene, preprocess, resampling, splits
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.runtime.logs import write_json
@@ -46,7 +46,7 @@ def split(data: Any, path: Path) -> tuple[dict[str, list[str]], list[str]]:
             return splits.load(path), []
         parts, first = {}, 0
         for part, count in zip(splits.PARTS, data.phantom.cases, strict=True):
-            parts[part] = [phantom.case_name(number) for number in range(first, first + count)]
+            parts[part] = [phantom_scene.case_name(number) for number in range(first, first + count)]
             first += count
         write_json(path, parts | {"drawn_with": {"cases": list(data.phantom.cases)}})
         return parts, []
@@ -176,7 +176,7 @@ def plan_strides(data: Any, scales: int, fold: int) -> tuple[tuple[int, ...], ..
 
     cases where that leaves an axis as scanned. Raises UserError where there is no data, or no header can be read.
     """
-    names = [phantom.case_name(0)] if data.layout == "phantom" else [case.name for case in find(data)]
+    names = [phantom_scene.case_name(0)] if data.layout == "phantom" else [case.name for case in find(data)]
     median = np.median([one.spacing for one in lattices(data, names)], axis=0)
     asked = resampling.asked_spacing(data.spacing)
     if asked == resampling.PLANNED:
@@ -237,7 +237,7 @@ def read(data: Any, names: Iterable[str], seed: int, spacing: Sequence[float] = 
     wanted = list(names)
     if data.layout == "phantom":
         numbers = [int(name.rsplit("_", 1)[1]) for name in wanted]
-        made = phantom.volumes(phantom_spec(data), numbers, seed)
+        made = phantom_scene.volumes(phantom_spec(data), numbers, seed)
         return [resampling.at_spacing(volume, spacing) for volume in made], []
     by_name = {found.name: found for found in find(data)}
     absent = [name for name in wanted if name not in by_name]
@@ -260,4 +260,4 @@ def export_example(data: Any, folder: Path, name: str, seed: int) -> Path:
     """Writes a phantom as a folder of NIfTI files, so that predict has a case to start from."""
     number = int(name.rsplit("_", 1)[1])
     modalities: Sequence[str] = tuple(data.modalities)
-    return phantom.export(folder, phantom_spec(data), number, seed, modalities, tuple(map(tuple, data.label_map)))
+    return phantom_scene.export(folder, phantom_spec(data), number, seed, modalities, tuple(map(tuple, data.label_map)))

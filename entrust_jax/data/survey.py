@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from entrust_jax.data import augment, dataset, layouts, nnunet, phantom, pipeline, preprocess, resampling
+from entrust_jax.data import augment, dataset, layouts, nnunet, phantom_scene, pipeline, preprocess, resampling
 from entrust_jax.data.cases import (
     ENDINGS,
     PICTURES,
@@ -96,7 +96,7 @@ def cases_of(data: Any) -> tuple[list[Case] | list[str], list[Mistake], tuple[st
     """
     if data.layout != "phantom":
         return dataset.listing(data)
-    return [phantom.case_name(number) for number in range(min(16, sum(data.phantom.cases)))], [], ()
+    return [phantom_scene.case_name(number) for number in range(min(16, sum(data.phantom.cases)))], [], ()
 
 
 def look(data: Any, case: Case | str, seed: int) -> tuple[Finding, Glimpse | None]:

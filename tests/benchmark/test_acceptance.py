@@ -7,7 +7,7 @@ import pytest
 
 from entrust_jax.benchmark import acceptance, references
 from entrust_jax.benchmark import phantom as suite
-from entrust_jax.data import phantom, phantom_law
+from entrust_jax.data import phantom, phantom_law, phantom_scene
 from entrust_jax.errors import UserError
 from entrust_jax.metrics import distribution
 
@@ -32,7 +32,7 @@ def test_the_fakes_draw_from_the_exact_law(world):
 
 @pytest.fixture(scope="module")
 def world():
-    scenes = phantom.scenes(SPEC, range(SCENES), 3)
+    scenes = phantom_scene.scenes(SPEC, range(SCENES), 3)
     found = acceptance.blobs(scenes, SPEC)
     seen = references.exact(scenes, SPEC, HYPOTHESES, 0)
     return scenes, found, seen, expected_distance(scenes)
@@ -76,7 +76,7 @@ def test_divergence_of_the_readers_taken_for_conflict_fails_where_lesions_are_ra
     where the base rate is low it diverges more, and only kappa tells the two apart.
     """
     rare = phantom.Spec(**(dataclasses.asdict(SPEC) | {"prior": 0.3, "ignorance": (0.05, 0.4)}))
-    scenes = phantom.scenes(rare, range(SCENES), 3)
+    scenes = phantom_scene.scenes(rare, range(SCENES), 3)
     found, seen = acceptance.blobs(scenes, rare), references.exact(scenes, rare, HYPOTHESES, 0)
     fake = references.divergence_as_conflict(seen, scenes, rare)
     auroc = [acceptance.g6_enrichment(one, scenes, found)["value"]["auroc_ignorance"] for one in (seen, fake)]
@@ -111,7 +111,7 @@ def test_four_readers_of_whom_one_lies():
         modalities=("A", "B", "C", "D"), size=(32, 32), sites=2, radius=4.0, jitter=0.5,
         reliability=(0.9,) * 4, ignorance=(0.1,) * 4,
     )  # fmt: skip
-    scenes = phantom.scenes(four, range(100), 3)
+    scenes = phantom_scene.scenes(four, range(100), 3)
     found, seen = acceptance.blobs(scenes, four), references.exact(scenes, four, HYPOTHESES, 0)
     honest = acceptance.g9_blame(seen, found, four)
     assert honest["pass"] and honest["rate"]["one_liar"] > 0.9
@@ -153,4 +153,4 @@ def test_blobs_and_their_cores(world):
 def test_blobs_without_a_core_are_refused():
     small = dataclasses.replace(SPEC, radius=2.5)
     with pytest.raises(UserError, match=r"radius 2\.5 leaves blobs without a core"):
-        acceptance.blobs(phantom.scenes(small, range(2), 3), small)
+        acceptance.blobs(phantom_scene.scenes(small, range(2), 3), small)

@@ -9,7 +9,7 @@ import pytest
 
 from entrust_jax import api
 from entrust_jax.benchmark import causes
-from entrust_jax.data import phantom
+from entrust_jax.data import phantom, phantom_scene
 from entrust_jax.errors import UserError
 from entrust_jax.model import EnTrust
 from entrust_jax.runtime.mesh import data_mesh
@@ -22,11 +22,11 @@ SPEC = phantom.Spec(
 
 @pytest.fixture(scope="module")
 def scenes():
-    return phantom.scenes(SPEC, range(24), 0)
+    return phantom_scene.scenes(SPEC, range(24), 0)
 
 
 def one(scenes, i):
-    return phantom.Scene(*(np.asarray(field)[i] for field in scenes))
+    return phantom_scene.Scene(*(np.asarray(field)[i] for field in scenes))
 
 
 def made_up_model(folder, method, layout):
@@ -94,7 +94,7 @@ def test_the_suite_asks_every_case_and_writes_what_it_finds(tmp_path, monkeypatc
         return {"cause": given.astype(np.uint8), "error_probability": 0.1 * (given > 0), "records": []}
 
     monkeypatch.setattr(api, "predict_volume", predict)
-    monkeypatch.setattr(api, "read_cases", lambda trained: (phantom.volumes(SPEC, range(12), 0), []))
+    monkeypatch.setattr(api, "read_cases", lambda trained: (phantom_scene.volumes(SPEC, range(12), 0), []))
     monkeypatch.setattr(causes.dataset, "phantom_spec", lambda data: SPEC)
     causes.run(made_up_model(tmp_path, "entrust", "phantom"), 11, tmp_path / "out", {"command": "c"})
     found = json.loads((tmp_path / "out" / "causes.json").read_text())

@@ -13,7 +13,7 @@ from entrust_jax import api
 from entrust_jax.benchmark import conflict as suite
 from entrust_jax.benchmark import conflict_figures as figures
 from entrust_jax.benchmark.conflict import Observer, Said, Subject
-from entrust_jax.data import dataset, injection, phantom
+from entrust_jax.data import dataset, injection, phantom_scene
 from entrust_jax.data.body import coordinates
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
@@ -196,7 +196,7 @@ def test_the_best_auroc_of_some_draws_is_what_drawing_them_gives(draws):
 def test_a_phantom_with_one_reader_turned_round_is_the_phantom_drawn_so(config):
     spec = dataset.phantom_spec(config.data)
     numbers = range(6)
-    flipped = phantom.volumes(spec, numbers, 0, flip=(1, 0))
+    flipped = phantom_scene.volumes(spec, numbers, 0, flip=(1, 0))
     found = list(suite.phantoms(spec, numbers, 0))
     seen = 0
     for subject, other in zip(found, flipped, strict=True):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from entrust_jax.benchmark import disentanglement
-from entrust_jax.data import phantom
+from entrust_jax.data import phantom, phantom_scene
 
 CASES, SIDE = 24, 12
 INSIDE = np.ones((CASES, SIDE, SIDE), bool)
@@ -51,8 +51,8 @@ def test_the_label_probe_reads_the_pixels_of_a_cell_apart():
 
 def test_flipping_a_reader_changes_its_image_at_that_blob_alone():
     spec = phantom.Spec(size=(32, 32), sites=2, radius=4.0, jitter=0.5)
-    before, after = (phantom.volumes(spec, range(6), 0, flip=flip) for flip in (None, (1, 0)))
-    scenes = phantom.scenes(spec, range(6), 0)
+    before, after = (phantom_scene.volumes(spec, range(6), 0, flip=flip) for flip in (None, (1, 0)))
+    scenes = phantom_scene.scenes(spec, range(6), 0)
     for i, (one, two) in enumerate(zip(before, after, strict=True)):
         np.testing.assert_allclose(one.image[0], two.image[0], atol=1e-5)
         np.testing.assert_array_equal(one.label, two.label)

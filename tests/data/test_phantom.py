@@ -1,4 +1,4 @@
-"""The phantom: its closed-form posterior against enumeration, its law, its images and its files."""
+"""The phantom and its scenes: its closed-form posterior against enumeration, its law, its images and its files."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from entrust_jax.data import layouts, phantom, preprocess
+from entrust_jax.data import layouts, phantom, phantom_scene, preprocess
 from entrust_jax.data.body import coordinates
 from entrust_jax.errors import UserError
 
@@ -38,7 +38,7 @@ LABEL_MAP = ((0, 0), (1, 1), (2, 2), (4, 3))
 @functools.cache
 def draw(spec, count=160, seed=3):
     """Scenes 0 ... count - 1 as numpy arrays; few sizes, because each one is compiled."""
-    return jax.tree.map(np.asarray, phantom.scenes(spec, range(count), seed))
+    return jax.tree.map(np.asarray, phantom_scene.scenes(spec, range(count), seed))
 
 
 def reading(said, correct, silent):
@@ -380,15 +380,15 @@ def test_sites_stay_in_the_body_frame():
 
 
 def test_a_number_gives_the_same_scene_in_any_company():
-    alone = phantom.scenes(TWO, [7], 3)
+    alone = phantom_scene.scenes(TWO, [7], 3)
     together = draw(TWO)
     np.testing.assert_array_equal(alone.label[0], together.label[7])
     np.testing.assert_allclose(alone.image[0], together.image[7], rtol=1e-4, atol=1e-2)
-    assert np.any(np.asarray(phantom.scenes(TWO, [7], 4).image) != np.asarray(alone.image))
+    assert np.any(np.asarray(phantom_scene.scenes(TWO, [7], 4).image) != np.asarray(alone.image))
 
 
 def test_volumes():
-    made = phantom.volumes(TWO, range(5), 3, chunk=4)
+    made = phantom_scene.volumes(TWO, range(5), 3, chunk=4)
     drawn = draw(TWO)
     assert [v.name for v in made] == [f"PHANTOM_{i:05d}" for i in range(5)]
     for i, volume in enumerate(made):
@@ -411,7 +411,7 @@ def test_depth_gives_sections_of_balls():
 
 
 def test_export_round_trip(tmp_path):
-    folder = phantom.export(tmp_path, SLAB, 2, 3, ("T1", "T1ce", "FLAIR"), LABEL_MAP)
+    folder = phantom_scene.export(tmp_path, SLAB, 2, 3, ("T1", "T1ce", "FLAIR"), LABEL_MAP)
     drawn = draw(SLAB, 3)
     name = "PHANTOM_00002"
     assert folder == tmp_path / name and [p.name for p in tmp_path.iterdir()] == [name]
@@ -423,12 +423,12 @@ def test_export_round_trip(tmp_path):
     np.testing.assert_allclose(np.moveaxis(scan.get_fdata(), 2, 0), drawn.image[2, 1], rtol=1e-4, atol=0.05)
     seg = np.moveaxis(np.asarray(nibabel.load(folder / f"{name}_seg.nii.gz").dataobj), 2, 0)
     np.testing.assert_array_equal(seg, np.array([0, 1, 2, 4])[drawn.label[2]])
-    assert phantom.export(tmp_path, SLAB, 2, 3, ("T1",), LABEL_MAP) == folder  # replaced, not added to
+    assert phantom_scene.export(tmp_path, SLAB, 2, 3, ("T1",), LABEL_MAP) == folder  # replaced, not added to
     assert len(list(folder.iterdir())) == 2
 
 
 def test_exported_case_reads_as_the_generated_volume(tmp_path):
-    phantom.export(tmp_path, SLAB, 2, 3, SLAB.modalities, LABEL_MAP)
+    phantom_scene.export(tmp_path, SLAB, 2, 3, SLAB.modalities, LABEL_MAP)
     (case,) = layouts.find_cases("brats", tmp_path, SLAB.modalities)
     read = preprocess.read_volume(
         case,
@@ -437,7 +437,7 @@ def test_exported_case_reads_as_the_generated_volume(tmp_path):
         label_map=LABEL_MAP,
         classes=SLAB.classes,
     )
-    made = phantom.volumes(SLAB, [2], 3, chunk=1)[0]
+    made = phantom_scene.volumes(SLAB, [2], 3, chunk=1)[0]
     np.testing.assert_array_equal(read.label, made.label)
     assert np.mean(read.body != made.body) < 0.01
     both = read.body & made.body
@@ -464,9 +464,9 @@ def test_mistakes_are_named(tmp_path):
         with pytest.raises(UserError, match=f"data.phantom.{key}"):
             dataclasses.replace(phantom.Spec(), **change)
     with pytest.raises(UserError, match="no modality 'CT'"):
-        phantom.export(tmp_path, TWO, 0, 0, ("CT",), ((0, 0), (1, 1)))
+        phantom_scene.export(tmp_path, TWO, 0, 0, ("CT",), ((0, 0), (1, 1)))
     with pytest.raises(UserError, match="label_map"):
-        phantom.export(tmp_path, TWO, 0, 0, ("A",), ((0, 0),))
+        phantom_scene.export(tmp_path, TWO, 0, 0, ("A",), ((0, 0),))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from entrust_jax.data import phantom
-from entrust_jax.data import phantom_law as exact
+from entrust_jax.data import phantom, phantom_scene
+from entrust_jax.data import phantom_scene_law as exact
 from entrust_jax.errors import UserError
 from entrust_jax.metrics.distribution import ged_squared, mean_self_distance, pairwise_distance
 from entrust_jax.trustmap import probing
@@ -360,7 +360,7 @@ def test_law_of_a_scene_for_every_subset_of_modalities():
     spec = phantom.Spec(
         size=(12, 12), sites=1, radius=1.2, boundary=(-0.4, 0.0, 0.3), jitter=0.0, variant="class", prior=(0.3, 0.4)
     )
-    drawn = jax.tree.map(np.asarray, phantom.scenes(spec, range(6), 1))
+    drawn = jax.tree.map(np.asarray, phantom_scene.scenes(spec, range(6), 1))
     for i, present in itertools.product(range(6), itertools.product((True, False), repeat=2)):
         belief = phantom.belief(jnp.asarray(drawn.evidence[i]), jnp.array(present), spec)
         law = exact.exact_law(belief, drawn.site[i], drawn.distance[i], spec)
