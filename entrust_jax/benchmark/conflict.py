@@ -26,7 +26,7 @@ from entrust_jax.benchmark import acceptance
 from entrust_jax.benchmark.conflict_figures import AIMS, HEADLINE, Result, flat_rows, summarise, table
 from entrust_jax.data import dataset, injection, phantom, phantom_law, phantom_scene, resampling
 from entrust_jax.data.injection import Injection
-from entrust_jax.data.preprocess import Volume
+from entrust_jax.data.preprocess import Volume, without
 from entrust_jax.errors import UserError
 from entrust_jax.metrics import conflict, usefulness
 from entrust_jax.report import curves
@@ -317,13 +317,6 @@ def picture(volume: Volume, said: Said, change: Injection, m: int) -> dict[str, 
 
 
 # --- faithfulness of the reasons on the untouched scan ------------------------------------------------------
-
-
-def without(volume: Volume, m: int) -> Volume:
-    """The scan, one modality missing."""
-    present, image = volume.present.copy(), volume.image.copy()
-    present[m], image[m] = False, 0.0
-    return dataclasses.replace(volume, present=present, image=image)
 
 
 def shuffled(params: Any, seed: int) -> Any:

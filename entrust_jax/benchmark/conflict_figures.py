@@ -149,21 +149,23 @@ def subset(results: Sequence[Result], keep: Callable[[dict[str, Any]], bool]) ->
 
 
 def blame_figures(results: Sequence[Result]) -> dict[str, Any]:
-    """How often the altered modality is blamed: in all, and where the label stood against it or followed it."""
+    """How often the altered modality is blamed: in all, and where the label stood against it or followed it.
+
+    Where the exact law is known, as_exact: the share of the injections in which the same modality is blamed as by the
+    exact posterior, or both times another one. Not its rate over the exact rate: where each of two readers is turned
+    round once at every site one of both is blamed whatever is said, and even the reverse of Bayes has his rate.
+    """
     found: dict[str, Any] = {"all": mean_figure(by_patient(results, lambda row: row.get("blamed")))}
     for name, moved in (("overruled", False), ("followed", True)):
         part = subset(results, lambda row, moved=moved: row["moved"] == moved)
         found[name] = mean_figure(by_patient(part, lambda row: row.get("blamed")))
     found["chance"] = float(np.nanmean(by_patient(results, lambda row: row.get("chance"))))
-    rows = [row for result in results for row in result.rows if "exact" in row]
-    if rows:
-        rate, ideal = (float(np.mean([f(row) for row in rows])) for f in (lambda r: r["blamed"], _exactly_blamed))
-        found["exact"], found["over_exact"] = ideal, rate / ideal if ideal else None
+    part = subset(results, lambda row: "exact" in row)
+    if part:
+        found["as_exact"] = mean_figure(by_patient(part, lambda row: row["blamed"] == row["exact"]["blamed"]))
+        by_chance = by_patient(part, lambda row: row["chance"] if row["exact"]["blamed"] else 1 - row["chance"])
+        found["as_exact_by_chance"] = float(np.mean(by_chance))
     return found
-
-
-def _exactly_blamed(row: dict[str, Any]) -> float:
-    return float(row["exact"]["blamed"])
 
 
 def summarise(
@@ -247,11 +249,12 @@ def aims(head: Mapping[str, Any], above: Mapping[str, Any], blame: Mapping[str, 
             ratio, value, AIMS["ratio"]
         )
     if above:
-        least = min(above.values(), key=lambda one: math.inf if one["value"] is None else one["value"])
-        found["AUROC above every baseline's, interval of the least difference above 0"] = _met(least, low(least), 0.0)
-    if "over_exact" in blame:
-        share = {"value": blame["over_exact"], "ci95": None, "n": blame["all"]["n"]}
-        found["blame at least .95 of the exact rate"] = _met(share, blame["over_exact"], 0.95)
+        least = min(above.values(), key=low)
+        found["AUROC above every baseline's, all intervals of the differences above 0"] = _met(least, low(least), 0.0)
+    if "as_exact" in blame:
+        found["blame as the exact posterior's in at least .95"] = _met(
+            blame["as_exact"], blame["as_exact"]["value"], 0.95
+        )
     return found
 
 
@@ -317,8 +320,9 @@ def table(summary: Mapping[str, Any]) -> str:
         ["where the label stood against it", in_words(blame["overruled"])],
         ["where the label followed it", in_words(blame["followed"])],
     ]
-    if "exact" in blame:
-        rows += [["exact Bayes rate", f"{blame['exact']:.3g}"], ["over the exact rate", f"{blame['over_exact']:.3g}"]]
+    if "as_exact" in blame:
+        rows.append(["blame as the exact posterior's", in_words(blame["as_exact"])])
+        rows.append(["the same by chance", f"{blame['as_exact_by_chance']:.3g}"])
     if "exact" in summary:
         rows.append(["exact divergence ratio", f"{summary['exact']['ratio']:.3g}"])
         best = f"{summary['exact']['auroc_of_as_many_draws']:.3g}"

@@ -22,7 +22,7 @@ from entrust_jax import model as entrust
 from entrust_jax.benchmark import acceptance, disentanglement, references
 from entrust_jax.benchmark.ablations import ABLATIONS, ALL, REFERENCE, Ablation
 from entrust_jax.benchmark.acceptance import Observation
-from entrust_jax.data import dataset, phantom, phantom_law, phantom_scene, pipeline
+from entrust_jax.data import dataset, phantom, phantom_law, phantom_scene, pipeline, preprocess
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.report import curves, markdown
@@ -96,13 +96,6 @@ def borrowed(ablation: Ablation, workdir: Path) -> api.Trained:
     data = dataclasses.replace(data, features=np.float32(data.features * seen))
     head = calibration.fit("head", data, jax.random.key(config.seed), config.train.head_steps)
     return dataclasses.replace(model, rung="head", calibration=head)
-
-
-def without(volume: Volume, modality: int) -> Volume:
-    """The same scan, one modality missing."""
-    present, image = volume.present.copy(), volume.image.copy()
-    present[modality], image[modality] = False, 0.0
-    return dataclasses.replace(volume, present=present, image=image)
 
 
 def chunks(model: api.Trained, volumes: list[Volume]) -> Iterator[dict[str, np.ndarray]]:
@@ -378,7 +371,7 @@ def examine(config: Any, ablation: Ablation, model: api.Trained, seed: int, case
     volumes = phantom_scene.volumes(spec, range(FIRST, FIRST + cases), seed)
     with ablation.drawing():
         seen = observe(model, volumes, HYPOTHESES)
-    save(folder / "alone.npz", glance(model, [without(volume, 1) for volume in volumes]))
+    save(folder / "alone.npz", glance(model, [preprocess.without(volume, 1) for volume in volumes]))
     save(folder / "seen.npz", seen)
 
 

@@ -80,6 +80,13 @@ def shown(volume: Volume) -> Bool[np.ndarray, "m d"]:
     return found
 
 
+def without(volume: Volume, modality: int) -> Volume:
+    """The case as it would be if one modality had not been scanned; its body stays."""
+    present, image = volume.present.copy(), volume.image.copy()
+    present[modality], image[modality] = False, 0.0
+    return dataclasses.replace(volume, present=present, image=image)
+
+
 def majority(raters: Int32[np.ndarray, "r *s"], classes: int) -> Int32[np.ndarray, "*s"]:
     """The class that most raters give a voxel, of equals the lowest: half the raters make no lesion. -1 where nobody
 

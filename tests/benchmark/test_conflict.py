@@ -1,5 +1,6 @@
 """The conflict suite: observers that are known to be right or wrong score so, and a shrunk run writes its files."""
 
+import dataclasses
 import json
 import sys
 import zlib
@@ -21,6 +22,7 @@ from entrust_jax.metrics import usefulness
 from entrust_jax.runtime import mesh
 
 SHAPE = (1, 48, 40)
+HEAD = {key: {"value": 0.5, "ci95": [0.4, 0.6], "n": 9} for key in ("auroc", "ratio", "inner_auroc", "inner_ratio")}
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +158,30 @@ def test_blame_falls_on_the_altered_modality_where_the_label_stands(results, sum
     assert (blame["overruled"]["value"], blame["followed"]["value"], blame["all"]["value"]) == (1.0, 0.0, 0.5)
 
 
+def test_blame_is_held_against_the_exact_posterior_injection_by_injection(results):
+    """Where each of two readers is turned round once, even the reverse of Bayes has his rate of blame."""
+
+    def found(blamed):
+        rows = [{"exact": {"blamed": m == 1}, "blamed": blamed(m), "moved": False, "chance": 0.5} for m in (0, 1)]
+        blame = figures.blame_figures([results[0]._replace(rows=rows)] * 3)
+        met = [one["met"] for name, one in figures.aims(HEAD, {}, blame).items() if "blame" in name]
+        return blame["all"]["value"], blame["as_exact"]["value"], blame["as_exact_by_chance"], *met
+
+    assert found(lambda m: m == 1) == (0.5, 1.0, 0.5, True)
+    assert found(lambda m: m == 0) == (0.5, 0.0, 0.5, False)
+
+
+def test_every_baseline_must_be_below():
+    close = {"value": 0.05, "ci95": [0.01, 0.09], "n": 9}
+    wide, unknown = {"value": 0.1, "ci95": [-0.05, 0.3], "n": 9}, {"value": None, "ci95": None, "n": 0}
+
+    def met(**above):
+        return [one["met"] for name, one in figures.aims(HEAD, above, {}).items() if "baseline" in name]
+
+    assert met(a=close) == [True]
+    assert met(a=close, b=wide) == met(a=close, b=unknown) == [False]
+
+
 def test_hypotheses_that_change_are_counted(results):
     for result in results:
         for row in result.rows:
@@ -283,6 +309,24 @@ def test_shuffled_parameters_keep_their_values_and_lose_their_places(methods):
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(np.sort(np.ravel(a)), np.sort(np.ravel(b)))
     assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True))
+
+
+def test_deletion_and_shuffled_weights_tell_reasons_that_are_true(methods, monkeypatch):
+    """A model that sees the first modality alone: without it the label goes, without the other one it stays."""
+    volume = scan(0)
+    fields = np.random.default_rng(0).normal(size=(8, *SHAPE))
+
+    def ask(trained, volume, probed):
+        phi = np.stack([np.tensordot(trained.params["weight"], fields, 1) + 0.5, np.zeros(SHAPE)])
+        return Said({}, (volume.image[0] > 1).astype(np.uint8), phi=phi if probed else None)
+
+    monkeypatch.setattr(suite, "ask", ask)
+    model = dataclasses.replace(methods["entrust"], params={"weight": np.eye(8)[0]})
+    found = suite.faithfulness(model, volume, ask(model, volume, True))
+    assert (found["deleted_top"], found["deleted_other"]) == (1.0, 0.0)
+    assert found["randomised"] < 0.3  # 1 for weights in their places
+    same = dataclasses.replace(model, params={"weight": np.full(8, 0.1)})
+    assert suite.faithfulness(same, volume, ask(same, volume, True))["randomised"] == pytest.approx(1)
 
 
 def test_cases_are_chosen_evenly():

@@ -12,7 +12,7 @@ from entrust_jax import api
 from entrust_jax import model as entrust
 from entrust_jax.benchmark import ablations, acceptance, references
 from entrust_jax.benchmark import phantom as suite
-from entrust_jax.data import phantom, phantom_scene
+from entrust_jax.data import phantom, phantom_scene, preprocess
 from entrust_jax.enfuse import conflict
 from entrust_jax.errors import UserError
 from entrust_jax.layers import apply
@@ -326,7 +326,7 @@ def test_what_the_suite_cannot_judge_is_refused_before_anything_is_trained(confi
 def test_without_a_modality_nothing_of_it_is_left(config):
     spec = suite.dataset.phantom_spec(config.data)
     volume = phantom_scene.volumes(spec, [0], 0)[0]
-    alone = suite.without(volume, 1)
+    alone = preprocess.without(volume, 1)
     assert list(alone.present) == [True, False]
     assert np.all(alone.image[1] == 0) and np.any(volume.image[1] != 0)
     found = acceptance.blobs(phantom_scene.scenes(spec, range(4), 0), spec)
