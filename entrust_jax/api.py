@@ -278,16 +278,25 @@ def predict_volume(trained: Trained, volume: Volume, probed: bool = True) -> dic
     nothing is asked for the reasons, which saves almost half of the time; a learned head needs them.
     """
     found = _predicted(trained, volume, probed)
-    found["conformal"] = conformal.apply(
+    promised = conformal.apply(
         trained.conformal,
         found["probability_raw"],
         _regions(trained),
         predicted_dice=found["predicted_dice"],
         volumes=found["regions"],
     )
+    hypotheses = trained.config.diffusion.hypotheses
+    reasons = conformal.unlike_calibration(trained.conformal, modalities_of(trained, volume), hypotheses)
+    found["conformal"] = conformal.doubted(promised, reasons)
     value = conformal.corrected_dice(trained.conformal, found["predicted_dice"], found["conformal"]["dice"])
     found["predicted_dice"] = found["trust"]["predicted_dice"] = value
     return found
+
+
+def modalities_of(trained: Trained, volume: Volume) -> list[str]:
+    """The names of those that a case has."""
+    names = trained.config.data.modalities
+    return [name for name, here in zip(names, volume.present, strict=True) if here]
 
 
 def memory_in_words(trained: Trained, volume: Volume) -> str | None:

@@ -252,17 +252,17 @@ def beside_location(
     return found
 
 
-def seen_in_training(trained: Any, scores: Sequence[scoring.Scores]) -> list[str]:
-    """Scored cases that the model was trained, chosen or calibrated on: their scores are no test."""
+def seen_in_training(trained: Any, cases: Sequence[Any]) -> list[str]:
+    """Names of the cases, or scores of cases, on which the model was trained, chosen or calibrated: no test of it."""
     used = {
         name
         for part, names in dict(trained.splits).items()
         if part in ("train", "val", "calibration")
         for name in names
     }
-    seen = sorted(one.name for one in scores if one.name in used)
+    seen = sorted(one.name for one in cases if one.name in used)
     if seen:
-        print(f"{trained.name}: {len(seen)} of {len(scores)} cases had a part in training: no test")
+        print(f"{trained.name}: {len(seen)} of {len(cases)} cases had a part in training: no test")
     return seen
 
 

@@ -108,7 +108,7 @@ def write(config: Any, trained: Any, volume: Any, lost: Sequence[str], output: P
     from entrust_jax import api
     from entrust_jax.report import output as report
     from entrust_jax.runtime import logs
-    from entrust_jax.trustmap import ood
+    from entrust_jax.trustmap import conformal, ood
 
     data = config.data
     compared = api.compare_volume(trained, volume)
@@ -120,6 +120,8 @@ def write(config: Any, trained: Any, volume: Any, lost: Sequence[str], output: P
     if (expected := api.memory_in_words(trained, volume)) is not None:
         print(f"  {expected}", flush=True)
     prediction = api.predict_volume(trained, volume) | {"compared": compared}
+    if unlike and (promised := prediction.get("conformal")):
+        prediction["conformal"] = conformal.doubted(promised, ["a scan is unlike those of training"])
     report.write_prediction(
         output,
         prediction,

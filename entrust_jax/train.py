@@ -436,6 +436,7 @@ def guarantee(workdir: Path) -> None:
     trained = api.load(workdir)
     parts = trained.splits
     cases, note = [], ""
+    made_with: dict[str, Any] = {"hypotheses": config.diffusion.hypotheses, "modalities": []}
     if set(parts["calibration"]) & {*parts["train"], *parts["val"]}:
         note = "the calibration patients had a part in training, too (config.data.split.folds=1)"
     else:
@@ -444,7 +445,8 @@ def guarantee(workdir: Path) -> None:
             for i, volume in enumerate(volumes):
                 cases.append(api.observe_volume(trained, volume))
                 show(i + 1)
-    found = conformal.fit(cases, regions, **levels, note=note)
+        made_with["modalities"] = sorted({tuple(api.modalities_of(trained, volume)) for volume in volumes})
+    found = conformal.fit(cases, regions, **levels, note=note) | {"made_with": made_with}
     logs.write_json(path, found)
     print(f"guarantees: {found['patients']} patients, {time.perf_counter() - began:.0f} s")
     for line in conformal.statements(found):

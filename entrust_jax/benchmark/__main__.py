@@ -60,20 +60,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     config = FLAGS.config.copy_and_resolve_references()
     cli.setup_devices(at_most=config.train.batch, cpu_devices=COMPILED_FOR if FLAGS.suite == "compile" else None)
-    suites = {
-        "phantom": phantom_suite,
-        "steps": steps_suite,
-        "latency": latency_suite,
-        "volume": volume_suite,
-        "compile": compile_suite,
-        "trust": trust_suite,
-        "subsets": subsets_suite,
-        "regions": regions_suite,
-        "causes": causes_suite,
-        "conflict": conflict_suite,
-        "semisynthetic": semisynthetic_suite,
-    }
-    suites[FLAGS.suite](config)
+    SUITES[FLAGS.suite](config)
 
 
 def phantom_suite(config: Any) -> None:
@@ -147,8 +134,7 @@ def trust_suite(config: Any) -> None:
     from entrust_jax.benchmark import trust
 
     output = output_of("trust")
-    command = f"python -m entrust_jax.benchmark --suite=trust --workdir=W --output=O --patients={FLAGS.patients}"
-    trust.run(Path(one_folder()), output, FLAGS.patients, FLAGS.spoilt, f"{command} --spoilt={FLAGS.spoilt}")
+    trust.run(Path(one_folder()), output, FLAGS.patients, FLAGS.spoilt, made_by())
     print((output / "trust.md").read_text())
 
 
@@ -157,7 +143,6 @@ def subsets_suite(config: Any) -> None:
     del config
     from entrust_jax import api, evaluate
     from entrust_jax.benchmark import subsets
-    from entrust_jax.runtime import logs
 
     output = output_of("subsets")
     methods = evaluate.load_methods([Path(one_folder())])
@@ -166,9 +151,7 @@ def subsets_suite(config: Any) -> None:
     targets = evaluate.common_targets({name: trained.config for name, trained in methods.items()}, "glioma")
     volumes, _ = evaluate.read_volumes(methods, FLAGS.data_dir, FLAGS.split)
     ((name, trained),) = methods.items()
-    about = {"command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]])}
-    about |= {"code_version": logs.code_version(), "calibrator": trained.rung}
-    about |= {"hypotheses": trained.config.diffusion.hypotheses}
+    about = made_by() | {"calibrator": trained.rung, "hypotheses": trained.config.diffusion.hypotheses}
     subsets.run(trained, volumes[name], targets, output, about)
     print((output / "subsets.md").read_text())
 
@@ -178,7 +161,6 @@ def regions_suite(config: Any) -> None:
     del config
     from entrust_jax import evaluate
     from entrust_jax.benchmark import regions
-    from entrust_jax.runtime import logs
 
     output = output_of("regions")
     regions.check_new(output)
@@ -189,8 +171,7 @@ def regions_suite(config: Any) -> None:
         for name, trained in methods.items()
         for volume in evaluate.read_volumes({name: trained}, FLAGS.data_dir, FLAGS.split)[0][name]
     )
-    about: dict[str, Any] = {"command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]])}
-    about |= {"code_version": logs.code_version(), "split": FLAGS.split}
+    about = made_by() | {"split": FLAGS.split}
     about |= {"calibrator": {name: trained.rung for name, trained in methods.items()}}
     regions.run(methods, cases, output, about)
     print((output / "regions.md").read_text())
@@ -201,13 +182,11 @@ def causes_suite(config: Any) -> None:
     del config
     from entrust_jax import api
     from entrust_jax.benchmark import causes
-    from entrust_jax.runtime import logs
 
     output = output_of("causes")
     trained = api.load(one_folder())
     causes.check(trained)
-    about = {"command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]])}
-    causes.run(trained, FLAGS.cases, output, about | {"code_version": logs.code_version()})
+    causes.run(trained, FLAGS.cases, output, made_by())
     print((output / "causes.md").read_text())
 
 
@@ -216,7 +195,6 @@ def conflict_suite(config: Any) -> None:
     del config
     from entrust_jax import api, evaluate
     from entrust_jax.benchmark import conflict
-    from entrust_jax.runtime import logs
 
     if not FLAGS.workdir:
         raise UserError("--workdir is missing: name the working folder of a trained EnTrust, --workdir=runs/NAME")
@@ -229,13 +207,11 @@ def conflict_suite(config: Any) -> None:
     volumes, _ = evaluate.read_volumes(methods, FLAGS.data_dir, FLAGS.split)
     first = next(iter(methods))
     cases = conflict.selected(volumes[first], FLAGS.cases)
-    about = {
-        "command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]]),
-        "code_version": logs.code_version(),
+    about = made_by() | {
         "methods": {name: trained.config.method for name, trained in methods.items()},
         "hypotheses": methods[first].config.diffusion.hypotheses,
         "dropout": {name: one.config.unet.dropout for name, one in methods.items() if one.config.method != "entrust"},
-        "trained_on": [case.name for case in cases if case.name not in methods[first].splits["test"]],
+        "trained_on": {name: evaluate.seen_in_training(trained, cases) for name, trained in methods.items()},
     }
     output.mkdir(parents=True, exist_ok=True)
     conflict.run(methods, conflict.subjects_of(methods[first], cases, FLAGS.slices or SLICES), output, about)
@@ -244,7 +220,7 @@ def conflict_suite(config: Any) -> None:
 
 def semisynthetic_suite(config: Any) -> None:
     """Makes the set in --output, or judges --workdir and writes semisynthetic.json and .md into --output."""
-    from entrust_jax import api
+    from entrust_jax import api, evaluate
     from entrust_jax.benchmark import semisynthetic
     from entrust_jax.runtime import logs
 
@@ -270,9 +246,8 @@ def semisynthetic_suite(config: Any) -> None:
     volumes, _ = api.read_cases(trained, FLAGS.data_dir, FLAGS.split)
     found, rows = semisynthetic.evaluate(trained, volumes, law, folder.parent if folder.is_file() else folder)
     output.mkdir(parents=True, exist_ok=True)
-    about = {"command": shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]])}
-    about |= {"code_version": logs.code_version(), "reliability": law["reliability"]}
-    about |= {"method": trained.config.method}
+    about = made_by() | {"reliability": law["reliability"], "method": trained.config.method}
+    about |= {"trained_on": evaluate.seen_in_training(trained, volumes)}
     logs.write_json(output / "semisynthetic.json", about | found | {"rows": rows})
     logs.write_bytes(output / "semisynthetic.md", semisynthetic.table(found).encode())
     print(semisynthetic.table(found))
@@ -288,6 +263,14 @@ def output_of(suite: str) -> Path:
     return output
 
 
+def made_by() -> dict[str, Any]:
+    """The command and the version of the code, as every result holds them."""
+    from entrust_jax.runtime import logs
+
+    command = shlex.join(["python", "-m", "entrust_jax.benchmark", *sys.argv[1:]])
+    return {"command": command, "code_version": logs.code_version()}
+
+
 def one_folder() -> str:
     """The one working folder of a suite that is about one model."""
     if len(FLAGS.workdir) > 1:
@@ -295,10 +278,22 @@ def one_folder() -> str:
     return FLAGS.workdir[0]
 
 
+SUITES = {
+    "phantom": phantom_suite,
+    "steps": steps_suite,
+    "latency": latency_suite,
+    "volume": volume_suite,
+    "compile": compile_suite,
+    "trust": trust_suite,
+    "subsets": subsets_suite,
+    "regions": regions_suite,
+    "causes": causes_suite,
+    "conflict": conflict_suite,
+    "semisynthetic": semisynthetic_suite,
+}
+
 if __name__ == "__main__":
-    names = ["phantom", "steps", "latency", "volume", "compile", "trust", "subsets", "regions"]
-    names += ["causes", "conflict", "semisynthetic"]
-    flags.DEFINE_enum("suite", "phantom", names, "What to measure.")
+    flags.DEFINE_enum("suite", "phantom", list(SUITES), "What to measure.")
     flags.DEFINE_list("shape", ["155", "240", "240"], "volume: voxels of the scan along D, H, W.")
     flags.DEFINE_list("window", [], "volume: voxels of a trained model's windows along D, H, W; its own if left out.")
     flags.DEFINE_string("output", None, "Folder for the results, or for the set.")

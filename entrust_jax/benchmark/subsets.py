@@ -21,7 +21,7 @@ from entrust_jax.report import markdown
 from entrust_jax.runtime import logs
 
 SHOWN = ("dice", "ece_classwise_roi", "nll", "predicted_dice_mae")  # of all that `summary.summarise` gives
-GUARANTEES = ("outer_fnr", "inner_fdr")
+GUARANTEES = ("outer_fnr", "outer_size", "inner_fdr", "dice_covered", "volume_covered")
 
 
 def subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
@@ -87,7 +87,7 @@ def run(
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """The figures as markdown."""
     head = ["modalities", "n", "Dice", "ECE before", "ECE after", "NLL before", "NLL after", "predicted Dice, error"]
-    head += ["outside the outer mask", "inner mask false"]
+    head += ["outside the outer mask", "its size", "inner mask false", "Dice covered", "volume covered"]
     rows = []
     for name, one in found.items():
         pairs = [one[key][stage] for key in ("ece_classwise_roi", "nll") for stage in ("before", "after")]
@@ -105,13 +105,15 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
         "",
         "Intervals are of 95 % over patients, from 10 patients on. ECE: class-wise, in the region of interest of each"
         " prediction, so not on the same voxels from row to row; before and after the calibrator, fitted once, on"
-        " calibration patients with the modalities that they have. The last two columns: what the guaranteed masks miss"
-        " and hold too much, mean over patients; '-' where none is given.",
+        " calibration patients with the modalities that they have. The last columns: what the guaranteed masks miss"
+        " and hold too much, the outer one's volume over the true one, and the share of the patients whose Dice and"
+        " volume lie in their guaranteed intervals; means over patients, '-' where none is given.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def mean_of_regions(figures: Mapping[str, Any]) -> str:
-    """The mean over the regions for which there is a figure."""
-    values = [one["value"] for one in figures.values() if one["value"] is not None]
+    """The mean over the regions for which there is a figure; of one that is of no region, itself."""
+    each = [figures] if "value" in figures else figures.values()
+    values = [one["value"] for one in each if one["value"] is not None]
     return f"{np.mean(values):.3f}" if values else "-"

@@ -243,9 +243,11 @@ def resplit(
         error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
         mean = float(np.mean(values)) if len(values) else None
         holds = None if mean is None else bool(sign * (mean - levels[level]) <= 2 * (error or 0.0))
+        # Of an inner mask it is promised of so many calibrations; on few test patients chance takes part in it.
+        above = float(np.mean(values > levels[level])) if name.startswith("inner") and len(values) else None
         result[name] = {
             "promised": levels[level], "mean": mean, "standard_error": error, "holds": holds,
-            "refused": refused.get(name, 0),
+            "divisions_above": above, "refused": refused.get(name, 0),
         }  # fmt: skip
     return result
 
@@ -288,26 +290,38 @@ def by_patient(values: Sequence[tuple[conformal.Case, float]], joined: Callable[
 # ---- predicted Dice ----------------------------------------------------------------------------------------------
 
 
-def predicted_dice(calibration: Sequence[conformal.Case], test: Sequence[conformal.Case]) -> dict[str, Any]:
-    """Error and rank correlation of the predicted Dice on test cases: as it is, under the map of the calibration
+def predicted_dice(
+    told: dict[str, Any], calibration: Sequence[conformal.Case], test: Sequence[conformal.Case]
+) -> dict[str, Any]:
+    """Error and rank correlation of the predicted Dice on test patients, means over the cases of each: as it is, under
 
-    patients, and as delivered, which is one of the two.
+    the map of the calibration patients, and as delivered, which is one of the two within its interval. told: what
+    `conformal.fit` found on the calibration cases.
     """
-    people = [[case for case in calibration if case.patient == name] for name in {case.patient for case in calibration}]
-    chosen = conformal.dice_map(sorted(people, key=lambda own: own[0].patient))
     pairs = np.array([(one.predicted_dice, one.true_dice) for one in calibration], np.float64)
-    curve = conformal.isotonic(pairs)
-    x, y = np.array([(one.predicted_dice, one.true_dice) for one in test], np.float64).T
-    delivered = np.array([conformal.corrected_dice({"dice_map": chosen}, float(one), None) for one in x])
-    values = {"as_it_is": x, "under_the_map": np.interp(x, *curve), "delivered": delivered}
-    result: dict[str, Any] = {"calibration": len(people), "map": chosen}
-    for name, one in values.items():
-        ranks: Any = stats.spearmanr(one, y) if np.ptp(one) > 0 and np.ptp(y) > 0 else None
+    curve, margin = conformal.isotonic(pairs), told["dice"]["margin"]
+
+    def delivered(x: float) -> Any:
+        return conformal.corrected_dice(told, x, None if margin is None else (max(0, x - margin), min(1, x + margin)))
+
+    said: dict[str, Callable[[float], Any]] = {
+        "as_it_is": float, "under_the_map": lambda x: np.interp(x, *curve), "delivered": delivered
+    }  # fmt: skip
+    own: dict[str, list[tuple[float, float]]] = {}
+    for case in test:
+        if case.predicted_dice is not None and case.true_dice is not None:
+            own.setdefault(case.patient, []).append((case.predicted_dice, case.true_dice))
+    result: dict[str, Any] = {"calibration": told["dice_map"]["patients"], "map": told["dice_map"]}
+    for name, of in said.items():
+        both = [np.array([(of(x), y) for x, y in each], np.float64) for each in own.values()]
+        x, y = np.array([each.mean(axis=0) for each in both]).T
+        error = np.array([np.mean(np.abs(each[:, 0] - each[:, 1])) for each in both])
+        ranks: Any = stats.spearmanr(x, y) if np.ptp(x) > 0 and np.ptp(y) > 0 else None
         rho = float("nan") if ranks is None else float(ranks.statistic)
         result[name] = {
-            "mean_error": _mean(np.abs(one - y)),
+            "mean_error": _mean(error),
             "spearman": None if not np.isfinite(rho) else rho,
-            "n": len(y),
+            "n": len(both),
         }
     return result
 
@@ -354,16 +368,17 @@ def measure(trained: api.Trained, cases: int, spoilt_cases: int) -> Iterator[dic
     patients = len({case.patient for case in every})
     share = len({case.patient for case in own}) if not extra else patients // 2
     levels, regions = trained.config.trust.to_dict(), tuple(trained.config.data.regions)
+    told = conformal.fit(own, regions, **levels)
     yield {
         "guarantees": resplit(every, regions, levels, min(share, patients - 1)),
-        "guarantees_of_this_split": outcome(conformal.fit(own, regions, **levels), [*others, *extra]),
-        "predicted_dice": predicted_dice(own, [*others, *extra]),
+        "guarantees_of_this_split": outcome(told, [*others, *extra]),
+        "predicted_dice": predicted_dice(told, own, [*others, *extra]),
     }
 
 
-def run(workdir: Path, output: Path, cases: int, spoilt_cases: int, command: str) -> None:
+def run(workdir: Path, output: Path, cases: int, spoilt_cases: int, about: dict[str, Any]) -> None:
     """Writes trust.json after each part of the suite, and trust.md."""
-    found: dict[str, Any] = {"command": command}
+    found = dict(about)
     for part in measure(api.load(workdir), cases, spoilt_cases):
         output.mkdir(parents=True, exist_ok=True)
         found |= part
@@ -392,13 +407,14 @@ def table(found: dict[str, Any]) -> str:
         "",
         f"{again['times']} divisions into {again['calibration']} calibration and {again['test']} test patients:",
         "",
-        "| promise | promised | mean +- standard error | holds | refused |",
-        "| --- | --- | --- | --- | --- |",
+        "| promise | promised | mean +- standard error | holds | share of divisions above it | refused |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, one in again.items():
         if isinstance(one, dict):
             mean = "-" if one["mean"] is None else f"{one['mean']:.3f} +- {one['standard_error'] or 0:.3f}"
-            lines.append(f"| {name} | {one['promised']:g} | {mean} | {one['holds']} | {one['refused']} |")
+            above = "" if one["divisions_above"] is None else f"{one['divisions_above']:.3f}"
+            lines.append(f"| {name} | {one['promised']:g} | {mean} | {one['holds']} | {above} | {one['refused']} |")
     said = [f"{name} {'refused' if v is None else f'{v:.3f}'}" for name, v in found["guarantees_of_this_split"].items()]
     lines += ["", f"By the calibration patients of the split, on its test patients: {', '.join(said)}."]
     lines += ["", "| predicted Dice | mean error | Spearman | n |", "| --- | --- | --- | --- |"]

@@ -364,6 +364,29 @@ def apply(
     return {**named, "dice": dice, "volume": volume, "statements": statements(found, dice, volume)}
 
 
+def unlike_calibration(found: Found | None, modalities: Sequence[str], hypotheses: int) -> list[str]:
+    """Why a case is not one of those that `found` speaks of, as far as one knows: reasons for `doubted`.
+
+    modalities: those that the case has; hypotheses: as many as are drawn of it. Compared with `made_with`, what the
+    calibration cases had; nothing is known of a conformal.json without it.
+    """
+    reasons, made = [], (found or {}).get("made_with")
+    if made and sorted(modalities) not in [sorted(own) for own in made["modalities"]]:
+        reasons.append(f"no calibration patient had {' + '.join(modalities)} and nothing else")
+    if made and hypotheses != made["hypotheses"]:
+        reasons.append(
+            f"{hypotheses} hypotheses are drawn of it, of the calibration patients {made['hypotheses']} were"
+        )
+    return reasons
+
+
+def doubted(promised: Found, reasons: Sequence[str]) -> Found:
+    """What `apply` returns, with the reasons why it is not promised of this case said before all else."""
+    given = any(promised[key] for key in ("outer_mask", "inner_mask", "dice", "volume"))
+    lines = [f"Not promised for this case is what follows: {reason}." for reason in reasons] if given else []
+    return promised | {"statements": [*lines, *promised["statements"]]}
+
+
 def volume_interval(volume: Mapping[str, Any], margin: float) -> tuple[float, float]:
     """Interval in ml of one of `case.volumes`, widened (or narrowed) by the margin in cube roots."""
     low, high = _roots(volume)
@@ -396,7 +419,8 @@ def statements(
             f"No inner mask of {name} at {fdr} false: {_of(one)}."
             if one["threshold"] is None
             else f"At most {fdr} of the inner mask of {name} is false on average over patients like the "
-            f"{one['patients']} calibration patients that this rests on; so it is for {coverage} of such calibrations."
+            f"{one['patients']} calibration patients that this rests on, an empty mask counted as not false; so it is "
+            f"for {coverage} of such calibrations."
         )
     entries = {"Dice": (found["dice"], dice)}
     entries |= {f"volume of {name}": (one, (volume or {}).get(name)) for name, one in found["volume"].items()}

@@ -96,4 +96,6 @@ def test_rows_are_of_the_cases_that_have_the_modalities_and_know_a_worse_calibra
     assert with_it["after"]["value"] > 0.2  # hedged without need
     text = (tmp_path / "out" / "subsets.md").read_text().splitlines()
     assert text[2].startswith("| T1 + FLAIR + T1ce | 2 | 1.000 | ") and len([x for x in text if x[:2] == "| "]) == 9
-    assert all(x.endswith("| 0.000 | - |") for x in text[2:9])  # no lesion outside the outer mask, no inner one given
+    # No lesion outside the outer mask, which is as large as it or not; no inner one given, and no interval.
+    assert all(x.split(" | ")[-5] == "0.000" and x.endswith(" | - | - | - |") for x in text[2:9])
+    assert [float(x.split(" | ")[-4]) == 1 for x in text[2:9]] == ["FLAIR" in x for x in text[2:9]]

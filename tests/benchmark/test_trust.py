@@ -101,14 +101,18 @@ def test_promises_hold_over_divisions_and_a_broken_one_is_seen(monkeypatch):
     cases = [case_of(i, rng) for i in range(80)]
     found = trust.resplit(cases, ("r",), LEVELS, 40, times=60)
     assert {"outer r", "inner r", "dice", "volume r"} <= set(found) and found["test"] == 40
-    for name in ("outer r", "dice", "volume r"):
+    for name in ("outer r", "inner r", "dice", "volume r"):
         assert found[name]["holds"] and found[name]["refused"] == 0, name
+    assert found["inner r"]["divisions_above"] <= 0.1 and found["dice"]["divisions_above"] is None
     assert found["dice"]["mean"] > 0.85 and found["outer r"]["mean"] > 0.03
 
     monkeypatch.setattr(conformal, "residual_quantile", lambda scores, coverage: float(np.quantile(scores, 0.7)))
     monkeypatch.setattr(conformal, "control_risk", lambda losses, alpha: GRID // 2)
+    monkeypatch.setattr(conformal, "learn_then_test", lambda losses, alpha, delta: GRID // 2)
     broken = trust.resplit(cases, ("r",), LEVELS, 40, times=60)
-    assert not (broken["dice"]["holds"] or broken["volume r"]["holds"] or broken["outer r"]["holds"])
+    for name in ("outer r", "inner r", "dice", "volume r"):
+        assert not broken[name]["holds"], name
+    assert broken["inner r"]["divisions_above"] > 0.5
 
 
 def test_a_patient_with_many_cases_counts_once():
@@ -130,13 +134,16 @@ def test_too_few_patients_are_counted_as_refusals():
 def test_a_predicted_dice_that_is_off_is_mended_and_a_good_one_left_alone():
     rng = np.random.default_rng(3)
     own, others = ([case_of(i, rng) for i in range(first, first + 20)] for first in (0, 20))
-    found = trust.predicted_dice(own, others)
+    found = trust.predicted_dice(conformal.fit(own, ("r",), **LEVELS), own, others)
     assert found["map"]["reason"] == "" and found["delivered"] == found["under_the_map"]
     assert found["delivered"]["mean_error"]["value"] < 0.1 < 0.25 < found["as_it_is"]["mean_error"]["value"]
     assert found["delivered"]["spearman"] > 0.8 and found["delivered"]["n"] == 20
     good = [dataclasses.replace(one, true_dice=one.predicted_dice) for one in own]
-    found = trust.predicted_dice(good, good)
+    told = conformal.fit(good, ("r",), **LEVELS)
+    found = trust.predicted_dice(told, good, good)
     assert "no better" in found["map"]["reason"] and found["delivered"] == found["as_it_is"]
+    twice = trust.predicted_dice(told, good, [*good, *good])  # the patient is the unit
+    assert twice["as_it_is"] == found["as_it_is"] and twice["as_it_is"]["n"] == 20
 
 
 @pytest.fixture
@@ -175,7 +182,7 @@ def folder(monkeypatch, tmp_path):
 def test_a_folder_is_measured(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(trust.api, "load", lambda workdir: folder)
     monkeypatch.setattr(trust, "RESPLITS", 3)
-    trust.run(tmp_path, tmp_path / "out", 5, 64, "python -m it")
+    trust.run(tmp_path, tmp_path / "out", 5, 64, {"command": "python -m it"})
     found = json.loads((tmp_path / "out" / "trust.json").read_text())
     unlike = found["unlike_training"]
     assert unlike["faults"]["exchanged"]["auroc"]["value"] == 1 and unlike["false_alarms"]["value"] == 0

@@ -259,6 +259,27 @@ def test_too_few_patients_are_told_and_nothing_is_promised():
     assert conformal.statements(trained_on) == ["No guarantee: they were trained on."]
 
 
+def test_a_case_unlike_the_calibration_patients_is_told_that_nothing_is_promised():
+    rng = np.random.default_rng(9)
+    cases = [told(f"p{i}", *(one := scene(rng))[:2], one[2][None]) for i in range(40)]
+    found = conformal.fit(cases, tuple(REGIONS), **LEVELS)
+    assert conformal.unlike_calibration(found, ["A"], 3) == []  # a file that does not say what it was made with
+    found |= {"made_with": {"hypotheses": 16, "modalities": [["A", "B"], ["B"]]}}
+    assert conformal.unlike_calibration(found, ["B", "A"], 16) == []
+    assert conformal.unlike_calibration(None, ["A"], 3) == []
+    alone, fewer = conformal.unlike_calibration(found, ["A"], 4)
+    assert "had A and nothing else" in alone and "4 hypotheses" in fewer and "16 were" in fewer
+
+    probability, hypotheses, _ = scene(rng)
+    own = case_level.volumes(hypotheses, REGIONS, 0.5)
+    promised = conformal.apply(found, probability, REGIONS, predicted_dice=0.8, volumes=own)
+    assert conformal.doubted(promised, []) == promised
+    lines = conformal.doubted(promised, [alone])["statements"]
+    assert lines[0].startswith("Not promised for this case") and lines[1:] == promised["statements"]
+    nothing = conformal.apply(None, probability, REGIONS, predicted_dice=0.8, volumes=own)
+    assert conformal.doubted(nothing, [alone]) == nothing
+
+
 def test_what_is_promised_is_said_with_the_patients_it_rests_on():
     rng = np.random.default_rng(9)
     cases = [told(f"p{i}", *(one := scene(rng))[:2], one[2][None]) for i in range(30)]
