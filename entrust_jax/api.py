@@ -21,7 +21,7 @@ from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.networks import examine_with, extent, init_params, network_of, volumetric
 from entrust_jax.runtime import checkpoint, mesh
-from entrust_jax.trustmap import conformal, ood
+from entrust_jax.trustmap import conformal, explanation, ood
 
 SPACING = "spacing.json"  # the planned working spacing, in the working folder
 CONFORMAL = "conformal.json"  # the guarantees
@@ -72,7 +72,6 @@ class Trained:
     tau: float
     rung: str
     calibration: dict[str, np.ndarray]
-    meta: dict[str, Any]
     conformal: dict[str, Any] | None = None
     usual: tuple[dict[str, ood.Usual], dict[str, Any]] | None = None
 
@@ -141,6 +140,7 @@ def load(workdir: Path | str) -> Trained:
     try:
         meta = json.loads(meta_path.read_text())
         tau, rung = float(meta["tau"]), str(meta["chosen"])
+        changed = changed_thresholds(meta.get("thresholds", {}))
         with np.load(values) as file:
             params = {name: file[name] for name in file.files}
     except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -156,6 +156,10 @@ def load(workdir: Path | str) -> Trained:
         raise UserError(
             f"{workdir}/checkpoints/best: holds no checkpoint; run the same train command again, it goes on"
         )
+    if changed:
+        print(
+            f"{workdir}: trained when what counts as doubt and its causes was {changed}; today's stands in report.json"
+        )
     m = mesh.data_mesh()
     return Trained(
         workdir=workdir,
@@ -169,10 +173,16 @@ def load(workdir: Path | str) -> Trained:
         tau=tau,
         rung=rung,
         calibration=params,
-        meta=meta,
         conformal=read_conformal(workdir / CONFORMAL, tuple(config.data.regions)),
         usual=read_usual(workdir, len(config.data.modalities)),
     )
+
+
+def changed_thresholds(fixed: dict[str, float]) -> str:
+    """Which thresholds of causes and reviews a training fixed otherwise than this version has them; "" where none."""
+    own = explanation.THRESHOLDS
+    return ", ".join(f"{name} {value:g} (now {own.get(name, 'none')})" for name, value in fixed.items()
+                     if own.get(name) != value)  # fmt: skip
 
 
 def with_hypotheses(trained: Trained, count: int) -> Trained:

@@ -430,10 +430,13 @@ def _crop(maps: dict[str, np.ndarray], volume: Volume) -> dict[str, np.ndarray]:
 
 def calibrated(raw: Raw, present: np.ndarray, chosen: str, params: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     """(p before calibration, p_cal, e) of an examined case under a fitted rung of the ladder."""
-    inputs, _ = pixels.features(raw, present)
     one_step, mean = pixels.log_probability(raw["one_step"]), pixels.log_probability(raw["mean"])
-    before, _ = rungs.apply("identity", {}, inputs, one_step, mean, raw["label"])
-    return before, *rungs.apply(chosen, params, inputs, one_step, mean, raw["label"])
+    nothing = np.zeros((*raw["label"].shape, 0), np.float32)
+    before = rungs.apply("identity", {}, nothing, one_step, mean, raw["label"])
+    if chosen == "identity":
+        return before[0], *before
+    inputs = pixels.features(raw, present)[0] if chosen == "head" else nothing
+    return before[0], *rungs.apply(chosen, params, inputs, one_step, mean, raw["label"])
 
 
 def carried(raw: Raw, examined: Volume, scan: Volume) -> Raw:
@@ -513,9 +516,9 @@ def finish(
             "unimodal": raw["unimodal"],
             "attribution": raw["attribution"],
             "counterfactual": raw["counterfactual"],
+            "conflict_uncertainty": raw["conflict_uncertainty"],
         }
-    found = explanation.records(e, raw["label"], volume.spacing, modalities, classes, shown, **evidence)
-    out["records"] = [record | {"sentence": explanation.sentence(record)} for record in found]
+    out["records"] = explanation.records(e, raw["label"], volume.spacing, modalities, classes, shown, **evidence)
     voxel_ml = float(np.prod(volume.spacing)) / 1000
     out["regions"] = case.volumes(raw.get("hypotheses", raw["label"][None]), regions, voxel_ml)
     out["trust"] = case.trust(

@@ -310,7 +310,7 @@ def run_stage(
             now = i + 1
             evaluate = now % t.eval_every == 0 or now == stage.steps
             if evaluate or now % t.log_every == 0:
-                row = {"step": stage.begin + now, "stage": stage.name} | summarise(figures, config)
+                row = {"step": stage.begin + now, "stage": stage.name} | summarise(figures)
                 if evaluate:
                     row |= validate(stage, programs.validate, state.ema, validation)
                     warn_of_lost_conflict([*logs.read_rows(rows), row], stage, t.eval_every)
@@ -355,9 +355,8 @@ def place(config: Any, batch: dict[str, np.ndarray], devices: Any) -> Batch:
     return {name: jax.device_put(value.reshape(n, -1, *value.shape[1:]), split) for name, value in batch.items()}
 
 
-def summarise(figures: dict[str, Array], config: Any) -> dict[str, float]:
+def summarise(figures: dict[str, Array]) -> dict[str, float]:
     """Figures of one step as floats: the mean over members, CE per bin of log SNR, kappa of slots without dropout."""
-    del config
     values = {name: np.asarray(value, np.float64) for name, value in figures.items()}
     row: dict[str, float] = {}
     if "ce_sum" in values:

@@ -37,6 +37,16 @@ def test_a_folder_knows_how_it_was_trained(ensemble, trained):
     assert api.load(str(workdir)).splits == ensemble.splits
 
 
+def test_thresholds_that_have_changed_since_a_training_are_told(folder, capsys):
+    api.load(folder)
+    assert "what counts as doubt" not in capsys.readouterr().out
+    meta = json.loads((folder / "calibration.json").read_text())
+    meta["thresholds"] |= {"cause_conflict": 0.5, "gone": 1.0}
+    (folder / "calibration.json").write_text(json.dumps(meta))
+    api.load(folder)
+    assert "cause_conflict 0.5 (now 0.1), gone 1 (now none)" in capsys.readouterr().out
+
+
 def test_cases_of_a_split(ensemble):
     test, problems = api.read_cases(ensemble)
     assert [volume.name for volume in test] == ensemble.splits["test"] and problems == []

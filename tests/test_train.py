@@ -45,7 +45,7 @@ def run(config):
         network=network,
         stage=stage,
         programs=compile_stage(config, network, stage, devices),
-        volumes={part: dataset.phantom.volumes(spec, which, 0) for part, which in numbers.items()},
+        volumes={part: dataset.phantom_scene.volumes(spec, which, 0) for part, which in numbers.items()},
     )
 
 
@@ -200,7 +200,7 @@ def test_figures_of_a_step():
         "ce_sum": jnp.asarray([2.0, 0.0, 6.0]),
         "ce_count": jnp.asarray([4.0, 0.0, 2.0]),
     }
-    assert train.summarise(figures, None) == {"loss": 2.0, "ce/bin_0": 0.5, "ce/bin_2": 3.0}  # no case in bin 1
+    assert train.summarise(figures) == {"loss": 2.0, "ce/bin_0": 0.5, "ce/bin_2": 3.0}  # no case in bin 1
 
 
 # The folder ---------------------------------------------------------------------------------------------------

@@ -100,6 +100,7 @@ def regions_of(
         unimodal=prediction["unimodal"],
         attribution=prediction["attribution"],
         counterfactual=prediction["counterfactual"],
+        conflict_uncertainty=prediction["conflict_uncertainty"],
         largest=error.size,
     )  # fmt: skip
     numbered = explanation.components(error, prediction["cause"])
@@ -119,11 +120,9 @@ def regions_of(
         sight = None
         if seen[record["cause"]] <= PER_PATIENT:  # later ones of this cause are never picked
             sight = pictures.look(volume, scans, prediction, numbered[z] == number, z, base)
-        said = {"sentence": explanation.sentence(record)}
-        if volume.reference is not None:
-            said |= output.located(record, volume.reference)
+        where = output.located(record, volume.reference) if volume.reference is not None else {}
         truth = Truth(*(float(each[number]) for each in sums))
-        found.append(Region(volume.name, volume.patient, record | said, truth, sight))
+        found.append(Region(volume.name, volume.patient, record | where, truth, sight))
     return found
 
 

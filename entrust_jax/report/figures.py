@@ -389,5 +389,5 @@ def review_lines(records: Sequence[Mapping[str, Any]], total: int) -> list[Line]
     more = f" ({len(records)} of {total} regions; all are in report.json)" if total > len(records) else ""
     lines = [Line(f"Review first{more}", 13.0, "bold", step=0.32)]
     for number, record in enumerate(records, start=1):
-        lines.append(Line(explanation.sentence(dict(record)), 11.0, indent=0.34, step=0.205, badge=str(number)))
+        lines.append(Line(record["sentence"], 11.0, indent=0.34, step=0.205, badge=str(number)))
     return lines

@@ -266,7 +266,7 @@ def write_prediction(
                     for word, found in prediction["regions"].items()
                 },
                 "review": [
-                    {"sentence": explanation.sentence(dict(record)), **record, **located(record, scan)}
+                    {"sentence": record["sentence"], **record, **located(record, scan)}
                     for record in prediction.get("records", ())
                 ],
                 "places": PLACES,

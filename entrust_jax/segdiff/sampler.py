@@ -37,6 +37,7 @@ from entrust_jax.segdiff import schedule
 Denoise = Callable[[Float[Array, "b *s k"], Float[Array, " b"], Any], Float[Array, "b *s k"]]
 
 METHODS = ("ancestral", "ddim", "dpmpp2m")
+CONFLICT_SCALE = 0.1  # conflict at which 1 - 1/e of what eta_min leaves is fresh noise
 
 # Noise fields of one member of one case, told apart by a last fold_in; step i of the chain uses _FIRST_STEP +
 # i.
@@ -49,7 +50,7 @@ class Sampler:
 
     b: scale of the one-hot masks; lambda_min, lambda_max: range of the log SNR (nats); steps: denoiser
     evaluations per hypothesis; method: 'ancestral' (eta = 1), 'ddim' (eta map) or 'dpmpp2m' (deterministic);
-    eta_min, tau: the map eta = eta_min + (1 - eta_min) (1 - exp(-conflict / tau)).
+    eta_min: of the map eta = eta_min + (1 - eta_min) (1 - exp(-conflict / .1)).
 
     Raises UserError where a value makes no sense.
     """
@@ -60,7 +61,6 @@ class Sampler:
     steps: int
     method: str = "ddim"
     eta_min: float = 0.2
-    tau: float = 0.1
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -71,10 +71,8 @@ class Sampler:
             raise UserError(
                 f"diffusion.lambda_min is {self.lambda_min}: it must lie below lambda_max ({self.lambda_max})"
             )
-        if self.b <= 0 or self.tau <= 0 or not 0 <= self.eta_min <= 1:
-            raise UserError(
-                f"diffusion: b ({self.b}) and tau ({self.tau}) must be positive, eta_min ({self.eta_min}) in [0, 1]"
-            )
+        if self.b <= 0 or not 0 <= self.eta_min <= 1:
+            raise UserError(f"diffusion: b ({self.b}) must be positive, eta_min ({self.eta_min}) in [0, 1]")
 
 
 class Transitions(NamedTuple):
@@ -112,11 +110,11 @@ def transitions(sampler: Sampler) -> Transitions:
 
 
 def eta_map(conflict: Float[Array, "b *s"], sampler: Sampler) -> Float[Array, "b *s"]:
-    """Share of fresh noise per pixel: 1 for 'ancestral', eta_min + (1 - eta_min) (1 - exp(-conflict / tau))
+    """Share of fresh noise per pixel: 1 for 'ancestral', eta_min + (1 - eta_min) (1 - exp(-conflict / .1))
     for 'ddim'."""
     if sampler.method == "ancestral":
         return jnp.ones_like(conflict)
-    return sampler.eta_min - (1 - sampler.eta_min) * jnp.expm1(-conflict / sampler.tau)
+    return sampler.eta_min - (1 - sampler.eta_min) * jnp.expm1(-conflict / CONFLICT_SCALE)
 
 
 def advance(

@@ -12,7 +12,6 @@ import numpy as np
 import optax
 import scipy.optimize
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
-from scipy.special import log_softmax
 
 from entrust_jax.trustmap import rungs
 from entrust_jax.trustmap.pixels import FLOOR
@@ -70,9 +69,7 @@ def _gather(data: CalibrationSet, rng: np.random.Generator) -> _Pixels:
     if len(where[0]) > PIXELS:
         keep = np.sort(rng.choice(len(where[0]), PIXELS, replace=False))
         where = tuple(axis[keep] for axis in where)
-    share = 1 / (1 + np.exp(-rungs.MIX))
-    base = log_softmax(share * data.one_step + (1 - share) * data.mean, axis=-1)
-    local = np.concatenate([base, -(np.exp(base) * base).sum(-1, keepdims=True)], axis=-1)
+    local = np.asarray(rungs.local_inputs(rungs.start(jnp.asarray(data.one_step), jnp.asarray(data.mean))))
     return _Pixels(
         windows=_windows(data.features, where).astype(np.float32),
         base_windows=_windows(local, where).astype(np.float32),

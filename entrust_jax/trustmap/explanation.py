@@ -12,8 +12,9 @@ CAUSES = ("none", "missing input", "conflict", "ignorance", "boundary", "other")
 CONFLICT_THRESHOLD = 0.1
 SUPPORT_THRESHOLD = 0.1
 BOUNDARY_VOXELS = 2.0
-OUTLINE_VOXELS = 5.0
 OUTLINE_REACH = 10.0
+CORE = 0.5  # of the way to the innermost voxel: what lies deeper is a thing's core, not its outline
+OUTLINE_VOXELS = CORE * OUTLINE_REACH
 CORE_TO_RIM = 0.5
 BLAME_NATS = 0.1  # what a scan argues against the label before a sentence says so
 ERROR_FLOOR = 0.05
@@ -29,6 +30,7 @@ THRESHOLDS = {
     "cause_boundary_voxels": BOUNDARY_VOXELS,
     "cause_outline_voxels": OUTLINE_VOXELS,
     "cause_outline_reach_voxels": OUTLINE_REACH,
+    "cause_core": CORE,
     "cause_core_to_rim": CORE_TO_RIM,
     "blame_nats": BLAME_NATS,
 }
@@ -41,7 +43,7 @@ def outline_distances(
     sampling: Sequence[float] | None,
 ) -> tuple[Float32[np.ndarray, "d h w"], Float32[np.ndarray, "d h w"]]:
     """Ways to the outline of the nearest thing that is surely there, and of the nearest that is likelier there than its
-    outline is right. A thing is a 3-D component (26 neighbours) of one class of the delivered mask; 1 beside the
+    outline is right. A thing is a 3-D component (26 neighbours) of one class of the delivered mask; 1 beside its
     outline, infinite without one and far outside, where no cause asks (beyond 10). Ours.
 
     Surely there: a voxel of it in the body is almost surely right (e <= .05). Where its innermost voxel lies n < 10
@@ -49,7 +51,8 @@ def outline_distances(
     thing, not of its outline. Likelier there, which includes the former: the mean e of what lies deeper in it than
     half of n is at most half of that within 2 voxels of its outline.
 
-    sampling: length of a voxel along D, H, W; None: the ways stay in their slice.
+    sampling: length of a voxel along D, H, W, in those of its shortest edge, as all ways are; None: the ways stay in
+    their slice, in pixels.
     """
     surely, likelier = (np.full(label.shape, np.inf, np.float32) for _ in range(2))
     for k in range(1, int(label.max()) + 1):
@@ -64,7 +67,7 @@ def outline_distances(
         np.maximum.at(innermost, numbered[inside], depth[inside])
         core, rim = (
             _mean_by(numbered, error_probability, body & part, count)
-            for part in (depth > innermost[numbered] / 2, depth <= BOUNDARY_VOXELS)
+            for part in (depth > CORE * innermost[numbered], depth <= BOUNDARY_VOXELS)
         )
         sure = np.bincount(numbered[body & (error_probability <= ERROR_FLOOR)], minlength=count) > 0
         likely = sure | (core <= CORE_TO_RIM * rim)
@@ -223,9 +226,10 @@ def records(
     unimodal: Float[np.ndarray, "m d h w k"] | None = None,
     attribution: Float[np.ndarray, "m d h w"] | None = None,
     counterfactual: UInt8[np.ndarray, "m d h w"] | None = None,
+    conflict_uncertainty: Float[np.ndarray, "d h w"] | None = None,
     largest: int = 10,
 ) -> list[dict]:
-    """One record per component of at least 5 voxels (`components`), most expected errors first.
+    """One record per component of at least 5 voxels (`components`), the `largest` ones, most expected errors first.
 
     Arguments after `shown` that a method lacks are None (conflict_pairs, support and unimodal come together), and the
     parts of the record made from them are missing. Pairs are in the order of itertools.combinations; spacing
@@ -240,6 +244,7 @@ def records(
     what it would say if it were the only scan, "probability", its mean posterior of that}}; attribution {modality:
     mean phi, nats}; blame (argmin phi over the present, None with fewer than two); counterfactual {modality:
     {"region_ml", "total_ml"}}: foreground in the component and in the scan if only that modality were right.
+    conflict_uncertainty: its mean, nats (`probing.probe`); sentence: the record in words (`sentence`).
     Everything is plain Python, ready for JSON.
     """
     numbered = components(error_probability, cause)
@@ -298,7 +303,9 @@ def records(
                 for m, name in enumerate(modalities)
                 if there[m]
             }
-        result.append(record)
+        if conflict_uncertainty is not None:
+            record["conflict_uncertainty"] = float(conflict_uncertainty[inside].mean())
+        result.append(record | {"sentence": sentence(record)})
     return result
 
 

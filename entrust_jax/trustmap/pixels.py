@@ -15,7 +15,7 @@ BOUNDARY_BAND = 2.0
 
 
 def log_probability(probability: Float[np.ndarray, "*s k"]) -> Float[np.ndarray, "*s k"]:
-    """log max(p, 1e-6) in float32, as CalibrationSet and `apply` take it."""
+    """log max(p, 1e-6) in float32, as CalibrationSet and `rungs.apply` take it."""
     return np.log(np.maximum(probability, FLOOR)).astype(np.float32)
 
 
@@ -83,7 +83,7 @@ def features(
 ) -> tuple[Float[np.ndarray, "n h w f"], tuple[str, ...]]:
     """The head's inputs phi(u) of one scan (n slices) and their names, from the maps that the method has.
 
-    maps: any of mean, one_step [n h w k] probabilities; entropy, divergence, within, conflict, js,
+    maps: border [n h w], and any of mean, one_step [n h w k] probabilities; entropy, divergence, within, conflict, js,
     delta_conflict, gap [n h w]; delta_modality [m n h w]; others are ignored. min(|border|, 10)/10, border the signed
     distance to that of the delivered mask in voxels, and the availability of each modality always follow. The order is
     fixed, so equal sets of maps give equal columns.

@@ -29,7 +29,7 @@ def start(one_step: Float[Array, "*s k"], mean: Float[Array, "*s k"]) -> Float[A
     return jax.nn.log_softmax(share * one_step + (1 - share) * mean, axis=-1)
 
 
-def _local_inputs(base: Array) -> Array:
+def local_inputs(base: Float[Array, "*s k"]) -> Float[Array, "*s k+1"]:
     """log p and its entropy, which is all that local temperature scaling may see."""
     return jnp.concatenate([base, -jnp.sum(jnp.exp(base) * base, axis=-1, keepdims=True)], axis=-1)
 
@@ -160,7 +160,7 @@ def _apply(
         log_p, error, _ = head(params, hidden, one_step, mean, delivered)
         return jnp.exp(log_p), jax.nn.sigmoid(error)
     if name == "local_temperature":
-        hidden = _image_convolution(params["kernel0"])(standardise(params, _local_inputs(base)))
+        hidden = _image_convolution(params["kernel0"])(standardise(params, local_inputs(base)))
         log_p = local_temperature(params, hidden, base)
     elif name == "isotonic":
         log_p = _isotonic(params, base)

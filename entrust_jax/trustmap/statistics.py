@@ -45,7 +45,6 @@ def of_sums(sums: dict[str, Array], count: int, one_step: Float[Array, "*s k"]) 
         entropy          TU = H(pbar), total predictive entropy
         within           WU = 1/N sum_n H(p_n), what each hypothesis leaves open by itself
         divergence       HU = TU - WU >= 0, mutual information between pixel and hypothesis
-        variation_ratio  1 - max_k pbar_k
         disagreement     GD = N/(N-1) (1 - sum_k q_k^2), q the shares of the hard votes: the unbiased
                          probability that two hypotheses differ here; 0 for N = 1
         gap              |p_1 - pbar|_1 / 2 in [0, 1]: zero up to sampling noise when network and sampler
@@ -58,7 +57,6 @@ def of_sums(sums: dict[str, Array], count: int, one_step: Float[Array, "*s k"]) 
         "entropy": total,
         "within": within,
         "divergence": jnp.maximum(total - within, 0.0),
-        "variation_ratio": 1.0 - jnp.max(mean, axis=-1),
         "disagreement": count / max(count - 1, 1) * (1.0 - jnp.sum(votes**2, axis=-1)),
         "gap": 0.5 * jnp.sum(jnp.abs(one_step - mean), axis=-1),
     }

@@ -34,7 +34,7 @@ def made_up_model(folder, method, layout):
     return api.Trained(
         workdir=folder, name="w", config=config, splits={}, spacing=(), params=None, tau=0.5,
         network=EnTrust(2, 2, widths=(4, 8), d_c=4, d_u=4, strides=((2, 2), (2, 2)), head_dropout=0.2, b=0.2),
-        rung="identity", calibration={}, meta={}, mesh=data_mesh(jax.devices()[:1]),
+        rung="identity", calibration={}, mesh=data_mesh(jax.devices()[:1]),
     )  # fmt: skip
 
 

@@ -258,7 +258,7 @@ def untrained(config, method, dropout=0.0):
     params = jax.tree.map(lambda x: x + 0.1 * np.random.default_rng(0).normal(size=x.shape).astype(np.float32), params)
     return api.Trained(
         workdir=Path("nowhere"), name=method, config=own, splits={}, spacing=(), network=api.network_of(own),
-        params=params, mesh=mesh.data_mesh(jax.devices()[:1]), tau=0.5, rung="identity", calibration={}, meta={},
+        params=params, mesh=mesh.data_mesh(jax.devices()[:1]), tau=0.5, rung="identity", calibration={},
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def case(name, missing=False):
         "label": delivered, "error_probability": error, "conflict": kappa, "cause": codes, "kappa_pairs": kappa[None],
         "support": np.full((2, *SHAPE, 2), 0.3, np.float32), "unimodal": np.full((2, *SHAPE, 2), 0.5, np.float32),
         "attribution": attribution,
-        "counterfactual": np.stack([delivered, 0 * delivered]),
+        "counterfactual": np.stack([delivered, 0 * delivered]), "conflict_uncertainty": 0.1 * kappa,
     }  # fmt: skip
     return dataclasses.replace(volume, name=name, patient=name, label=true), prediction
 
@@ -70,7 +70,7 @@ def trained_folder(name, tests, **changes):
     return api.Trained(
         workdir=Path(name), name=name, config=config, splits=splits, spacing=(),
         network=networks.network_of(config), params=None, mesh=data_mesh(jax.devices()[:1]), tau=0.5,
-        rung="identity", calibration={}, meta={},
+        rung="identity", calibration={},
     )  # fmt: skip
 
 

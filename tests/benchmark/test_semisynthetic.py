@@ -252,7 +252,7 @@ def test_a_model_that_knows_the_posterior_is_judged_without_error(made, glioma, 
     monkeypatch.setattr(suite.api, "examine", examine)
     model = api.Trained(
         workdir=folder, name="exact", config=glioma, splits={}, spacing=(), network=UNet(2, (4,), ((1, 1),)), params={},
-        mesh=mesh.data_mesh(jax.devices()[:1]), tau=0.5, rung="identity", calibration={}, meta={},
+        mesh=mesh.data_mesh(jax.devices()[:1]), tau=0.5, rung="identity", calibration={},
     )  # fmt: skip
     found, rows = suite.evaluate(model, volumes, law, folder)
     seen = [site for sites in law["cases"].values() for site in sites if site["kind"] != "unseen"]

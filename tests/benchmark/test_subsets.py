@@ -80,7 +80,7 @@ def test_rows_are_of_the_cases_that_have_the_modalities_and_know_a_worse_calibra
         workdir=tmp_path, name="w", config=types.SimpleNamespace(data=data), splits={}, spacing=(),
         params=None, tau=0.5,
         network=EnTrust(3, 2, widths=(4, 8), d_c=4, d_u=4, strides=((2, 2), (2, 2)), head_dropout=0.2, b=0.2),
-        rung="head", calibration={}, meta={}, mesh=data_mesh(jax.devices()[:1]),
+        rung="head", calibration={}, mesh=data_mesh(jax.devices()[:1]),
     )  # fmt: skip
     cases = [volume(0), volume(1), without(volume(2), "T1ce")]
     subsets.run(trained, cases, TARGETS, tmp_path / "out", {"command": "c"})

@@ -174,7 +174,7 @@ def folder(monkeypatch, tmp_path):
     return api.Trained(
         workdir=tmp_path, name="unit", config=config, splits={}, spacing=(), params=None, tau=0.5, rung="identity",
         network=EnTrust(2, 2, widths=(4, 8), d_c=4, d_u=4, strides=((2, 2), (2, 2)), head_dropout=0.2, b=0.2),
-        calibration={}, meta={},
+        calibration={},
         mesh=data_mesh(jax.devices()[:1]), usual=({}, {"note": ""}),
     )  # fmt: skip
 

@@ -34,7 +34,7 @@ def trained_with(patch, params=None, **sizes):
         params = made_up.parameters(init, jax.random.key(0)) if sizes else None
     return api.Trained(
         workdir=Path("w"), name="w", config=config, splits={}, spacing=(), network=model.build(config), params=params,
-        mesh=data_mesh(jax.devices()[:1]), tau=0.5, rung="identity", calibration={}, meta={},
+        mesh=data_mesh(jax.devices()[:1]), tau=0.5, rung="identity", calibration={},
     )  # fmt: skip
 
 

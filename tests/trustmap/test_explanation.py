@@ -156,6 +156,10 @@ def test_records_of_a_scan():
     np.testing.assert_allclose(first["expected_error_ml"], (31 * 0.4 + 0.7) * 0.01, rtol=1e-5)
     np.testing.assert_allclose([first["mean_error"], first["max_error"]], [(31 * 0.4 + 0.7) / 32, 0.7], rtol=1e-5)
     assert first["cause"] == "conflict" and first["delivered"] == "lesion" and first["missing"] == ["T1ce"]
+    assert first["sentence"] == sentence(first) and "conflict_uncertainty" not in first
+    uncertainty = np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
+    expected = [uncertainty[1:3, 2:6, 2:6].mean(), uncertainty[0:2, 9:11, 9:11].mean()]
+    np.testing.assert_allclose([r["conflict_uncertainty"] for r in run(conflict_uncertainty=uncertainty)], expected)
     assert first["pair"]["modalities"] == ["T1", "FLAIR"]
     assert first["votes"]["T1"]["class"] == "background" and first["votes"]["FLAIR"]["class"] == "lesion"
     np.testing.assert_allclose(first["votes"]["FLAIR"]["strength"], 0.9, rtol=1e-5)

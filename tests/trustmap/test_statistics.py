@@ -23,7 +23,6 @@ def test_two_certain_hypotheses_that_differ():
         "entropy": np.log(2),
         "within": 0.0,
         "divergence": np.log(2),
-        "variation_ratio": 0.5,
         "disagreement": 1.0,
         "gap": 0.3,
     }.items():
