@@ -126,10 +126,10 @@ def regions_of(
     return found
 
 
-def pick(regions: Sequence[Region], count: int = COUNT, per_patient: int = PER_PATIENT) -> list[Region]:
-    """At most `count` regions: in turn one of each cause that occurs, of its the one with most expected errors, at most
+def pick(regions: Sequence[Region]) -> list[Region]:
+    """At most COUNT regions: in turn one of each cause that occurs, of its the one with most expected errors, at most
 
-    `per_patient` of a patient.
+    PER_PATIENT of a patient.
     """
     order = sorted(regions, key=lambda one: (-one.record["expected_error_ml"], one.case, one.record["index"]))
     queues = [[one for one in order if one.record["cause"] == cause] for cause in explanation.CAUSES[1:]]
@@ -137,12 +137,12 @@ def pick(regions: Sequence[Region], count: int = COUNT, per_patient: int = PER_P
     chosen: list[Region] = []
     while any(queues):
         for queue in queues:
-            while queue and taken[queue[0].patient] == per_patient:
+            while queue and taken[queue[0].patient] == PER_PATIENT:
                 queue.pop(0)
-            if queue and len(chosen) < count:
+            if queue and len(chosen) < COUNT:
                 chosen.append(queue.pop(0))
                 taken[chosen[-1].patient] += 1
-        if len(chosen) == count:
+        if len(chosen) == COUNT:
             break
     return chosen
 

@@ -14,29 +14,24 @@ from jaxtyping import Bool, Float, Integer, Shaped
 from scipy import ndimage
 
 BINS = 15
+ROI_FOREGROUND, ROI_RADIUS = 0.05, 5  # of the region of interest: foreground probability, and voxels of dilation
 FLOOR = 1e-6  # a probability of exactly zero on the true class costs 13.8 nats, not infinity
 
 Reduction = Literal["expected", "average", "maximum"]
 
 
-def region_of_interest(
-    backgrounds: Sequence[Float[np.ndarray, "*s"]],
-    threshold: float = 0.05,
-    radius: int = 5,
-    axes: Sequence[int] = (-2, -1),
-) -> Bool[np.ndarray, "*s"]:
-    """Where any of the compared methods gives foreground more than `threshold`, dilated by `radius` voxels.
+def region_of_interest(backgrounds: Sequence[Float[np.ndarray, "*s"]]) -> Bool[np.ndarray, "*s"]:
+    """Where any of the compared methods gives foreground more than .05, dilated by 5 voxels.
 
     `backgrounds` holds each method's calibrated background probability. The dilation is by a square
-    (Chebyshev distance) in the plane of the last two axes by default, since the methods predict slice by
-    slice. The truth plays no part (a region that knows it rewards over-confidence), nor does the body mask.
+    (Chebyshev distance) in the plane of the last two axes. The truth plays no part (a region that knows it rewards over-confidence), nor does the body mask.
     """
     inside = np.zeros(backgrounds[0].shape, bool)
     for background in backgrounds:
-        inside |= background < 1 - threshold
+        inside |= background < 1 - ROI_FOREGROUND
     grown = inside.view(np.uint8)
-    for axis in axes:
-        grown = ndimage.maximum_filter1d(grown, 2 * radius + 1, axis=axis, mode="constant", cval=0)
+    for axis in (-2, -1):
+        grown = ndimage.maximum_filter1d(grown, 2 * ROI_RADIUS + 1, axis=axis, mode="constant", cval=0)
     return grown.astype(bool)
 
 
