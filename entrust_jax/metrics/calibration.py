@@ -23,9 +23,9 @@ Reduction = Literal["expected", "average", "maximum"]
 def region_of_interest(backgrounds: Sequence[Float[np.ndarray, "*s"]]) -> Bool[np.ndarray, "*s"]:
     """Where any of the compared methods gives foreground more than .05, dilated by 5 voxels.
 
-    `backgrounds` holds each method's calibrated background probability. The dilation is by a square (Chebyshev distance)
-    in the plane of the last two axes. The truth plays no part (a region that knows it rewards over-confidence), nor
-    does the body mask.
+    `backgrounds` holds each method's calibrated background probability. The dilation is by a square (Chebyshev
+    distance) in the plane of the last two axes. The truth plays no part (a region that knows it rewards
+    over-confidence), nor does the body mask.
     """
     inside = np.zeros(backgrounds[0].shape, bool)
     for background in backgrounds:
