@@ -9,7 +9,7 @@
 https://lit.fe.uni-lj.si/en/research/resources/3D-MR-MS; the patterns are for the names in a copy by patient
 (cross_sectional/raw of open_ms_data on GitHub, muschellij2); write those of yours. Time and score of that
 set: not run here. Two patients of a copy: Dice .38 in sample after 43 planned minutes of steps; in 3-D, after
-51, the one-step prediction has .33, its best threshold chosen for each scan (docs/data-sets.md).
+51, .20 (docs/data-sets.md).
 """
 
 from typing import Any
