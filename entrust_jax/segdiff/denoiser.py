@@ -6,7 +6,7 @@ All modality work is done once: the condition enters as per-scale sums computed 
     at a block's entry h <- conv(h) + a_s;   inside h <- h + conv(silu(norm(h)(1 + gamma(lambda) + G_s) + beta(lambda)))
 
 so that neither steps nor hypotheses repeat it. A structure of n voxels is decided where noise hides each of its voxels
-(`schedule.decision_log_snr`), so every scale is given what the noisy mask says of its own, coarser, voxels (`seen_at`),
+(`schedule.decision_log_snr`), so every coarser scale is given what the noisy mask says of its own voxels (`seen_at`),
 and what noisy values say exactly is added to the logits, a voxel's own and those of the blocks s that it lies in,
 
     logits(u) = rest(u) + e(u) + sum_s reach_s(u) BOUND tanh( sum_{v in block_s(u)} e(v) / BOUND ),    e = own evidence
@@ -36,7 +36,6 @@ from entrust_jax.layers import (
     pool,
     rms_norm,
     space_to_depth,
-    upsample,
     upsample_linear,
 )
 from entrust_jax.segdiff.schedule import input_scale, own_evidence, per_case
@@ -188,4 +187,6 @@ class Denoiser(nn.Module):
             for finer in reversed(range(s)):
                 block = upsample_linear(block, self.strides[finer + 1]) * body[finer]
             around = around + reach[..., s, None] * block
-        return own + upsample(around, self.strides[0])
+        # Not the same for every voxel of a fold: hypotheses had its blocks, twice the changes of label between two as
+        # within one.
+        return own + upsample_linear(around, self.strides[0])
