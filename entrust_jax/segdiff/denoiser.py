@@ -36,6 +36,7 @@ from entrust_jax.layers import (
     pool,
     rms_norm,
     space_to_depth,
+    upsample,
     upsample_linear,
 )
 from entrust_jax.segdiff.schedule import input_scale, own_evidence, per_case
@@ -187,6 +188,4 @@ class Denoiser(nn.Module):
             for finer in reversed(range(s)):
                 block = upsample_linear(block, self.strides[finer + 1]) * body[finer]
             around = around + reach[..., s, None] * block
-        # Not the same for every voxel of a fold: hypotheses had its blocks, twice the changes of label between two as
-        # within one.
-        return own + upsample_linear(around, self.strides[0])
+        return own + upsample(around, self.strides[0])

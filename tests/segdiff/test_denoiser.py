@@ -117,9 +117,8 @@ def test_the_reach_decides_how_far_a_neighbour_is_heard(params):
     others = jax.tree.map(np.zeros_like, params)
     moved = np.zeros_like(X)
     moved[0, 0, 0, 1] = 0.5
-    # Share of the block that each voxel hears, along an axis: carried up linearly, once or twice, zero outside.
-    once, twice = [0.75, 0.75, 0.25, 0, 0, 0, 0, 0], np.array([9, 12, 12, 10, 6, 3, 1, 0]) / 16
-    heard = {0: once, 1: twice}
+    # Share of the block that each voxel hears, along an axis; scale 1 is carried up linearly, zero beyond the border.
+    heard = {0: [1, 1, 0, 0, 0, 0, 0, 0], 1: [0.75, 0.75, 0.75, 0.75, 0.25, 0.25, 0, 0]}
     for s, share in heard.items():
         (layer,) = others["params"]["reach"].values()
         layer["bias"][:] = np.eye(2)[s]
