@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from entrust_jax.data import phantom, phantom_scene
-from entrust_jax.data import phantom_scene_law as exact
+from entrust_jax.data import phantom_law as exact
 from entrust_jax.errors import UserError
 from entrust_jax.metrics.distribution import ged_squared, mean_self_distance, pairwise_distance
 from entrust_jax.trustmap import probing
