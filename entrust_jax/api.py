@@ -157,9 +157,7 @@ def load(workdir: Path | str) -> Trained:
             f"{workdir}/checkpoints/best: holds no checkpoint; run the same train command again, it goes on"
         )
     if changed:
-        print(
-            f"{workdir}: trained when what counts as doubt and its causes was {changed}; today's stands in report.json"
-        )
+        print(f"{workdir}: thresholds of doubt have changed since its training: {changed}; report.json has today's")
     m = mesh.data_mesh()
     return Trained(
         workdir=workdir,

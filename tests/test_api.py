@@ -39,7 +39,7 @@ def test_a_folder_knows_how_it_was_trained(ensemble, trained):
 
 def test_thresholds_that_have_changed_since_a_training_are_told(folder, capsys):
     api.load(folder)
-    assert "what counts as doubt" not in capsys.readouterr().out
+    assert "thresholds of doubt" not in capsys.readouterr().out
     meta = json.loads((folder / "calibration.json").read_text())
     meta["thresholds"] |= {"cause_conflict": 0.5, "gone": 1.0}
     (folder / "calibration.json").write_text(json.dumps(meta))

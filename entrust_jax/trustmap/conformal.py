@@ -374,9 +374,7 @@ def unlike_calibration(found: Found | None, modalities: Sequence[str], hypothese
     if made and sorted(modalities) not in [sorted(own) for own in made["modalities"]]:
         reasons.append(f"no calibration patient had {' + '.join(modalities)} and nothing else")
     if made and hypotheses != made["hypotheses"]:
-        reasons.append(
-            f"{hypotheses} hypotheses are drawn of it, of the calibration patients {made['hypotheses']} were"
-        )
+        reasons.append(f"{hypotheses} hypotheses are drawn of it, {made['hypotheses']} were of calibration cases")
     return reasons
 
 

@@ -77,7 +77,8 @@ def head(
         log p_mix = sigmoid(omega + 2) log p_1 + (1 - sigmoid(omega + 2)) log pbar
         p_cal = softmax(exp(theta) log p_mix + beta),  e = sigmoid(logit(1 - p_cal[yhat]) + eps)
 
-    Returns log p_cal, logit e, (theta, beta).
+    hidden [*s 16]: the first convolution's output; one_step, mean [*s k]: log p_1 and log pbar; delivered [*s]: yhat.
+    Returns log p_cal [*s k], logit e [*s], (theta [*s], beta [*s k]).
     """
     h = jax.nn.silu(_add(hidden, params["bias0"]))
     h = jax.nn.silu(_add(h @ params["kernel1"], params["bias1"]))
@@ -92,14 +93,14 @@ def head(
 
 def local_temperature(params: dict, hidden: Array, base: Array) -> Array:
     """softmax(log p / T(u)), T = exp(conv1x1(SiLU(conv3x3(log p, H)))) (Ding et al. 2021, arXiv
-    2008.05105).
+    2008.05105). hidden [*s 8]: the convolution's output; base [*s k]: log p. Returns log probabilities [*s k].
     """
     h = jax.nn.silu(_add(hidden, params["bias0"]))
     return jax.nn.log_softmax(base * jnp.exp(-_add(h @ params["kernel1"], params["bias1"])), axis=-1)
 
 
 def affine(name: str, params: dict, base: Array) -> Array:
-    """The rungs that see nothing but the pixel's own log-probabilities.
+    """The rungs that see nothing but the pixel's own log-probabilities, [*s k] to [*s k].
 
     temperature: log p / T (Guo et al. 2017); vector: w_k log p_k + b_k (the same); dirichlet: W log p + b
     (Kull et al. 2019).
@@ -126,7 +127,7 @@ def _isotonic(params: dict, base: Array) -> Array:
 
 
 def initial(name: str, classes: int, inputs: int, key: PRNGKeyArray) -> dict[str, Array]:
-    """Parameters with which the rung returns the base probabilities."""
+    """Parameters with which the rung returns the base probabilities; inputs: channels that its network sees."""
     zeros = jnp.zeros
     if name == "temperature":
         return {"log_temperature": zeros(())}
