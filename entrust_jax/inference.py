@@ -152,7 +152,7 @@ def probe_at(
         )  # fmt: skip
 
     fused = condition_of(model, params, evidence, batch["present"]).fused
-    return probing.probe(one_step, batch["present"], fused.kappa, fused.weights, label)
+    return probing.probe(one_step, batch["present"], fused.kappa, fused.weights, label, model.classes)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler", "mesh"))

@@ -424,12 +424,13 @@ def calibrate(
 def guarantee(workdir: Path) -> None:
     """Stage 5: what can be promised of a new patient, from whole predictions of the calibration patients.
 
-    Also for a folder that was finished before this stage existed, and again where the config's levels have changed.
+    Also for a folder that was finished before this stage existed, and again where the config's levels have changed or
+    the file does not say what it was made with (`conformal.unlike_calibration`).
     """
     config: Any = api.read_config(workdir)
     path, levels, regions = workdir / api.CONFORMAL, config.trust.to_dict(), tuple(config.data.regions)
     found = api.read_conformal(path, regions)
-    if found is not None and found["levels"] == levels:
+    if found is not None and found["levels"] == levels and "made_with" in found:
         return
     began = time.perf_counter()
     trained = api.load(workdir)

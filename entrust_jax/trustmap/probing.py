@@ -73,13 +73,14 @@ def probe(
     conflict: Float[Array, "b *s"],
     reliability: Float[Array, "b m *s"],
     label: Int[Array, "b *s"],
+    classes: int,
 ) -> dict[str, Array]:
     """Conflict-guided probing of the one-step prediction p_1 (ours; Shapley values: Shapley 1953).
 
     `one_step(availability [b m *s] in [0, 1], conflict_scale [b])` gives p_1 from the cached evidence with
-    the same noise at every call; it is traced once, under a `lax.map` over the 2^M + 1 + 2M probes, whose
-    availability is made inside the map. `reliability` are the fusion weights w_m, `label` the delivered mask
-    yhat.
+    the same noise at every call; it is traced once, under a `lax.scan` over the 2^M + 1 + 2M probes, whose
+    availability is made inside it and of which only what is asked is kept: of all but the last subset p^S(yhat)
+    alone. `reliability` are the fusion weights w_m, `label` the delivered mask yhat, `classes` K.
 
         subsets      p^S: only the modalities of S, everywhere; S = empty is the null condition
         P1           p^{F_cf = 0}: conflict features off
@@ -102,17 +103,22 @@ def probe(
     where = gate(conflict)[:, None]
     table = {name: jnp.asarray(value) for name, value in _table(modalities).items()}
 
-    def call(row: dict[str, Array]) -> Array:
-        keep, silence = (row[name].reshape((1, modalities, *space)) for name in ("keep", "silence"))
-        return one_step(here * keep * (1.0 - silence * where), jnp.broadcast_to(row["conflict"], present.shape[:1]))
-
-    p = lax.map(call, table)
     whole = 2**modalities
-    full, no_conflict = p[whole - 1], p[whole]
-    silenced, alone = p[whole + 1 : whole + 1 + modalities], p[whole + 1 + modalities :]
+    table["number"] = jnp.arange(len(table["conflict"]))
 
-    chosen = jnp.take_along_axis(p[:whole], label[None, ..., None], axis=-1)[..., 0]
-    phi = shapley(jnp.log(jnp.maximum(chosen, PROBABILITY_FLOOR)))
+    def call(kept: Array, row: dict[str, Array]) -> tuple[Array, Array]:
+        keep, silence = (row[name].reshape((1, modalities, *space)) for name in ("keep", "silence"))
+        p = one_step(here * keep * (1.0 - silence * where), jnp.broadcast_to(row["conflict"], present.shape[:1]))
+        # The subsets come first and the last of them is whole: it alone stays in the first place.
+        place = jnp.maximum(row["number"] - (whole - 1), 0)
+        chosen = jnp.take_along_axis(p, label[..., None], axis=-1)[..., 0]
+        return lax.dynamic_update_index_in_dim(kept, p, place, 0), chosen
+
+    kept, chosen = lax.scan(call, jnp.zeros((2 + 2 * modalities, *label.shape, classes)), table)
+    full, no_conflict = kept[0], kept[1]
+    silenced, alone = kept[2 : 2 + modalities], kept[2 + modalities :]
+
+    phi = shapley(jnp.log(jnp.maximum(chosen[:whole], PROBABILITY_FLOOR)))
     everywhere = jnp.broadcast_to(full[None], alone.shape)
     delta = js(silenced, everywhere)
     exists = jnp.moveaxis(here, 1, 0)

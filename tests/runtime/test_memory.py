@@ -1,5 +1,6 @@
 """Memory of this process: what it held at most, and what it gives back."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,3 +33,23 @@ def test_freed_blocks_go_back_to_the_system():
     del blocks
     memory.give_back()
     assert held() < full - (150 << 20) and len(ends) == 10
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_is_large_then_goes_back_as_soon_as_it_is_freed(asked):
+    """A hole below what is still held: the heap alone would keep it, as the entry points have told it to."""
+    text = (
+        "import numpy as np\n"
+        "from entrust_jax import cli\n"
+        "from entrust_jax.runtime import memory\n"
+        "held = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096\n"
+        "cli._keep_memory()\n"
+        f"{'memory.give_back()' if asked else ''}\n"
+        "large, above = np.ones(2**25), np.ones(2**17)\n"  # 256 MB and 1 MB
+        "full = held()\n"
+        "del large\n"
+        "print(full - held(), len(above))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, text=True)
+    returned = int(done.stdout.split()[0])
+    assert returned > 200 * 2**20 if asked else returned < 50 * 2**20

@@ -65,7 +65,7 @@ def test_probes_of_two_opposed_readers():
     evidence, present, kappa, weights = case([strong, weak], [True, True], 0.6)
     one_step, calls = readers(evidence)
     label = jnp.ones((2, *SHAPE), jnp.int32)
-    out = jax.jit(lambda *a: probing.probe(one_step, *a))(present, kappa, weights, label)
+    out = jax.jit(lambda *a: probing.probe(one_step, *a, classes=2))(present, kappa, weights, label)
     # one call site, whatever the number of probes
     assert len(calls) == 1
     everything = jax.nn.sigmoid(strong + weak + 0.5)
@@ -97,7 +97,7 @@ def test_absent_modality_is_a_dummy_and_equal_readers_share_equally():
     one_step, _ = readers(evidence)
     label = jnp.zeros((2, *SHAPE), jnp.int32)
     # the absent reader has the largest weight, and must not be trusted for it
-    out = jax.jit(lambda *a: probing.probe(one_step, *a))(present, kappa, weights, label)
+    out = jax.jit(lambda *a: probing.probe(one_step, *a, classes=2))(present, kappa, weights, label)
     phi = np.asarray(out["attribution"])
     assert (phi[:, 2] == 0).all()
     np.testing.assert_allclose(phi[:, 0], phi[:, 1], atol=1e-6)
@@ -113,5 +113,5 @@ def test_four_readers_and_one_lie():
     evidence, present, kappa, weights = case([odds, odds, -odds, odds], [True] * 4, 0.6)
     one_step, _ = readers(evidence)
     label = jnp.ones((2, *SHAPE), jnp.int32)
-    out = probing.probe(one_step, present, kappa, weights, label)
+    out = probing.probe(one_step, present, kappa, weights, label, classes=2)
     np.testing.assert_array_equal(probing.blame(out["attribution"], present), 2)
