@@ -34,6 +34,7 @@ OUTSIDE = 10.0  # logit of background outside the body, and minus that of every 
 MEMBERS = 8  # hypotheses that are in memory at once within a call
 # Maps with an axis of modalities or pairs; it comes first in a Raw.
 STACKED = ("kappa_pairs", "support", "unimodal", "attribution", "delta_modality", "counterfactual")
+DRAWN = ("mean", "entropy", "within", "divergence", "disagreement", "gap")  # maps that the hypotheses make
 
 Raw = dict[str, Any]
 _DATA, _WHOLE = PartitionSpec("data"), PartitionSpec()
@@ -278,16 +279,16 @@ def examine(
 
     maps |= as_one_hypothesis(maps["one_step"])
     labels = np.repeat(np.argmax(maps["one_step"], axis=-1).astype(np.uint8)[None], hypotheses, axis=0)
-    for rows, real in _groups(chosen, size):
+    for rows, real in groups(chosen, size):
         drawn, members = draw(params, *of(rows), key, hypotheses=hypotheses, **static)
-        for name in ("mean", "entropy", "within", "divergence", "disagreement", "gap"):
+        for name in DRAWN:
             maps[name][rows[:real]] = np.asarray(drawn[name])[:real]
         labels[:, rows[:real]] = np.moveaxis(np.asarray(members)[:real], 1, 0)
 
     # The decision needs the whole volume, and the probes ask about the decision: a second pass over the same evidence.
     label, decision = case.dice_bayes(maps["mean"], labels)
     maps |= unprobed(label, model.modalities)
-    for rows, real in _groups(chosen if probed else chosen[:0], size):
+    for rows, real in groups(chosen if probed else chosen[:0], size):
         found = probe(params, *of(rows), label[rows].astype(np.int32), key, **static)
         found = {name: np.asarray(value)[:real] for name, value in found.items()}
         found["counterfactual"] = np.argmax(found["counterfactual"], axis=-1).astype(np.uint8)
@@ -411,11 +412,11 @@ def keep(active: np.ndarray, body: np.ndarray, count: int | None) -> tuple[np.nd
     return rows[order], weights[order]
 
 
-def _groups(rows: np.ndarray, size: int):
+def groups(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
     """Groups of exactly `size` rows (the last filled up with copies) and how many of each are real."""
     for start in range(0, len(rows), size):
         group = rows[start : start + size]
-        yield np.concatenate([group, np.repeat(group[-1:], size - len(group))]), len(group)
+        yield np.concatenate([group, np.repeat(group[-1:], size - len(group), axis=0)]), len(group)
 
 
 def _crop(maps: dict[str, np.ndarray], volume: Volume) -> dict[str, np.ndarray]:
@@ -429,14 +430,26 @@ def _crop(maps: dict[str, np.ndarray], volume: Volume) -> dict[str, np.ndarray]:
 
 
 def calibrated(raw: Raw, present: np.ndarray, chosen: str, params: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    """(p before calibration, p_cal, e) of an examined case under a fitted rung of the ladder."""
-    one_step, mean = pixels.log_probability(raw["one_step"]), pixels.log_probability(raw["mean"])
-    nothing = np.zeros((*raw["label"].shape, 0), np.float32)
-    before = rungs.apply("identity", {}, nothing, one_step, mean, raw["label"])
-    if chosen == "identity":
-        return before[0], *before
-    inputs = pixels.features(raw, present)[0] if chosen == "head" else nothing
-    return before[0], *rungs.apply(chosen, params, inputs, one_step, mean, raw["label"])
+    """(p before calibration [d h w k], p_cal, e [d h w]) of an examined case under a fitted rung of the ladder.
+
+    By few slices at a time: the head's features of a whole scan would be as large as all else that is said of it.
+    """
+    before, error = np.empty(raw["mean"].shape, np.float32), np.empty(raw["label"].shape, np.float32)
+    after = before if chosen == "identity" else np.empty_like(before)
+    for start in range(0, len(error), rungs.SLICES):
+        part = slice(start, start + rungs.SLICES)
+        maps = {
+            name: value[:, part] if name in (*STACKED, "hypotheses") else value[part]
+            for name, value in raw.items()
+            if isinstance(value, np.ndarray) and value.ndim > 2
+        }
+        one_step, mean = pixels.log_probability(maps["one_step"]), pixels.log_probability(maps["mean"])
+        nothing = np.zeros((*maps["label"].shape, 0), np.float32)
+        before[part], error[part] = rungs.apply("identity", {}, nothing, one_step, mean, maps["label"])
+        if chosen != "identity":
+            inputs = pixels.features(maps, present)[0] if chosen == "head" else nothing
+            after[part], error[part] = rungs.apply(chosen, params, inputs, one_step, mean, maps["label"])
+    return before, after, error
 
 
 def carried(raw: Raw, examined: Volume, scan: Volume) -> Raw:

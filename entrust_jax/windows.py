@@ -19,7 +19,7 @@ from jaxtyping import Array
 from entrust_jax import inference
 from entrust_jax.baselines.unet import UNet
 from entrust_jax.data.preprocess import Volume
-from entrust_jax.inference import ACTIVE, STACKED, Raw
+from entrust_jax.inference import ACTIVE, DRAWN, STACKED, Raw, groups
 from entrust_jax.layers import apply
 from entrust_jax.model import Condition, EnTrust
 from entrust_jax.runtime import memory
@@ -37,7 +37,6 @@ DISTANCES = 76  # bytes a voxel while distances to the border are measured: indi
 # and 1.48 since the denoiser hears its neighbourhood. An estimate that is too low costs a user his run.
 HOLES = 1.5
 AHEAD = (*STACKED, "members")  # maps with an axis before the voxels
-DRAWN = ("mean", "entropy", "within", "divergence", "disagreement", "gap")
 
 
 class Frame(NamedTuple):
@@ -103,18 +102,11 @@ def batch_of(around: Frame, at: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _groups(at: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Groups of exactly `size` windows (the last filled up with copies), and the real ones among them."""
-    for start in range(0, len(at), size):
-        real = at[start : start + size]
-        yield np.concatenate([real, np.repeat(real[-1:], size - len(real), axis=0)]), real
-
-
 def pieces(volume: Volume, *, mesh: Mesh, window: Size, unit: Size) -> Iterator[dict[str, np.ndarray]]:
     """The windows of a case in groups; copies in the last one are not valid."""
     around = frame(volume, window, unit)
-    for group, real in _groups(lattices.origins(around.scan["body"], window, unit), mesh.size):
-        yield batch_of(around, group) | {"valid": np.arange(len(group)) < len(real)}
+    for group, real in groups(lattices.origins(around.scan["body"], window, unit), mesh.size):
+        yield batch_of(around, group) | {"valid": np.arange(len(group)) < real}
 
 
 def join(around: Frame, parts: Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]) -> tuple[dict, np.ndarray]:
@@ -284,7 +276,7 @@ def estimate(
     at, key = lattices.origins(around.scan["body"], window, unit), jax.random.key(0)
     count = len(at)
     call, room = program_for(params, around, count, key, **static)
-    group = next(_groups(at, mesh.size))[0]
+    group = next(groups(at, mesh.size))[0]
     batch, label = batch_of(around, group), np.zeros((len(group), *window), np.int32)
     device = {
         "looks": look.lower(params, batch, key, **static).compile(),
@@ -301,7 +293,6 @@ def estimate(
     drawn = 4 * (k + 5) + n + 1  # of `sample` and the label,
     asked = 4 * (2 * m + 2) + m  # of the probes,
     joining = 4 * (2 * m + 2 + m * k)  # and of these while they are joined
-    inputs = 4 * (2 * k + 2 * m + 8)  # of the calibrator's, once in columns and once side by side
     held = 4 * (m + 3) * lattice  # the image and coordinates
     maps = looked + drawn + asked
     stages = {
@@ -309,7 +300,7 @@ def estimate(
         "hypotheses": held + reserved["hypotheses"] + (looked + n) * lattice + condition * (count + room),
         "probes": held + reserved["probes"] + (maps + joining) * lattice,
         "way back": held + (n + 1) * lattice + (maps + DISTANCES) * seen,
-        "finish": (maps + 2 * inputs + 12 * k) * seen,
+        "finish": (maps + 12 * k) * seen,
         "own grid": 0 if scan is volume else (maps + 12 * k) * seen + (maps + 12 * k + DISTANCES) * own,
     }
     return {
@@ -345,10 +336,10 @@ def first_look(
     conditions: list[Any] = []
 
     def parts():
-        for group, real in _groups(at, mesh.size):
+        for group, real in groups(at, mesh.size):
             projections, maps = look(params, batch_of(around, group), key, model=model, sampler=sampler, mesh=mesh)
             projections, maps = jax.tree.map(np.asarray, (projections, maps))
-            for i, origin in enumerate(real):
+            for i, origin in enumerate(group[:real]):
                 conditions.append(jax.tree.map(lambda x, i=i: x[i].copy(), projections))
                 yield origin, {name: value[i] for name, value in maps.items()}
 
@@ -467,10 +458,10 @@ def examine(
         whole = label.astype(np.int32)
 
         def asked() -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-            for group, real in _groups(chosen, mesh.size):
+            for group, real in groups(chosen, mesh.size):
                 batch, delivered = batch_of(around, group), cut(around, group, whole)
                 found = jax.tree.map(np.asarray, probe(params, batch, delivered, key, **static))
-                for i, origin in enumerate(real):
+                for i, origin in enumerate(group[:real]):
                     yield origin, {name: value[i] for name, value in found.items()}
 
         found, seen = join(around, asked())
@@ -525,9 +516,9 @@ def examine_unet(
     at = lattices.origins(around.scan["body"], around.window, around.unit)
 
     def parts():
-        for group, real in _groups(at, mesh.size):
+        for group, real in groups(at, mesh.size):
             found = np.asarray(inference.ensemble(params, batch_of(around, group), key, model=model, mesh=mesh))
-            for i, origin in enumerate(real):
+            for i, origin in enumerate(group[:real]):
                 yield origin, {"members": found[i]}
 
     found, seen = join(around, parts())

@@ -20,7 +20,7 @@ from entrust_jax.model import EnTrust
 from entrust_jax.runtime.mesh import data_mesh
 from entrust_jax.segdiff import sampler as segdiff_sampler
 from entrust_jax.segdiff.sampler import Sampler
-from entrust_jax.trustmap import explanation
+from entrust_jax.trustmap import explanation, pixels, rungs
 from entrust_jax.trustmap.case import threshold_action
 
 M, K, N, DEPTH, SIZE = 2, 3, 3, 8, 16
@@ -420,3 +420,26 @@ def test_pmap_of_the_sampler_draws_the_same_hypotheses(chunk, raw):
     assert members.shape == (8, N, SIZE - 1, SIZE - 3, K)
     labels = np.moveaxis(np.argmax(members, axis=-1), 1, 0)
     assert np.mean(labels != raw["hypotheses"]) < 2e-3
+
+
+@pytest.mark.parametrize("chosen", ["identity", "temperature", "head"])
+def test_a_scan_is_calibrated_by_parts_as_it_would_be_whole(chosen):
+    rng = np.random.default_rng(0)
+    space, present = (rungs.SLICES + 3, 6, 5), np.array([True, False])
+    scalar = ("entropy", "divergence", "within", "conflict", "js", "delta_conflict", "gap", "border")
+    raw = {name: rng.random(space).astype(np.float32) for name in scalar}
+    raw |= {name: rng.dirichlet(np.ones(K), space).astype(np.float32) for name in ("one_step", "mean")}
+    raw |= {"delta_modality": rng.random((M, *space)).astype(np.float32), "label": rng.integers(0, K, space)}
+    raw |= {"hypotheses": rng.integers(0, K, (N, *space)), "sampled": np.ones(space[0], bool), "action": 0.5}
+    inputs, names = pixels.features(raw, present)
+    noisy = {
+        name: np.asarray(value + 0.3 * rng.normal(size=value.shape))
+        for name, value in rungs.initial(chosen, K, len(names), KEY).items() if chosen != "identity"
+    } | {"center": np.zeros(len(names), np.float32), "scale": np.ones(len(names), np.float32)}  # fmt: skip
+    before, after, error = inference.calibrated(raw, present, chosen, noisy)
+    one_step, mean = (pixels.log_probability(raw[name]) for name in ("one_step", "mean"))
+    expected = rungs.apply(chosen, noisy, inputs, one_step, mean, raw["label"])
+    plain, _ = rungs.apply("identity", {}, inputs, one_step, mean, raw["label"])
+    for found, wanted in zip((before, after, error), (plain, *expected), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    assert (np.abs(after - before).max() > 1e-3) == (chosen != "identity")
