@@ -21,7 +21,7 @@ from entrust_jax.data.preprocess import Volume
 from entrust_jax.errors import UserError
 from entrust_jax.networks import examine_with, extent, init_params, network_of, volumetric
 from entrust_jax.runtime import checkpoint, mesh
-from entrust_jax.trustmap import conformal, explanation, ood
+from entrust_jax.trustmap import conformal, explanation, ood, prediction
 
 SPACING = "spacing.json"  # the planned working spacing, in the working folder
 CONFORMAL = "conformal.json"  # the guarantees
@@ -248,7 +248,7 @@ def read_cases(trained: Trained, data_dir: str | None = None, split: str = "test
     return dataset.read(data, names, trained.config.seed)
 
 
-def examine(trained: Trained, volume: Volume, slices: int | None = None, probed: bool = True) -> inference.Raw:
+def examine(trained: Trained, volume: Volume, slices: int | None = None, probed: bool = True) -> prediction.Raw:
     """What the network says of a case before calibration; see `inference.examine`."""
     return examine_with(
         trained.config, trained.network, trained.params, trained.mesh, trained.tau, volume, slices, probed
@@ -278,7 +278,7 @@ def compare_volume(trained: Trained, volume: Volume) -> dict[str, Any] | None:
 def predict_volume(trained: Trained, volume: Volume, probed: bool = True) -> dict[str, Any]:
     """Segmentation, calibrated uncertainty, reasons and guarantees of one case: the maps and records of
 
-    `inference.finish`, and under "conformal" what `conformal.apply` returns. The predicted Dice is corrected by the
+    `prediction.finish`, and under "conformal" what `conformal.apply` returns. The predicted Dice is corrected by the
     calibration patients where that helps (`conformal.dice_map`); the trust score keeps the one before, whose order is
     the same without the ties that such a map makes.
 
@@ -345,7 +345,7 @@ def _predicted(trained: Trained, volume: Volume, probed: bool = True) -> dict[st
     started = time.perf_counter()
     data = trained.config.data
     working = resampling.at_spacing(volume, trained.spacing)
-    return inference.finish(
+    return prediction.finish(
         examine(trained, working, probed=probed),
         working,
         scan=volume,

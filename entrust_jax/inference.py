@@ -1,11 +1,10 @@
-"""From a volume to its trust maps: encode once, draw hypotheses, decide, probe, calibrate, explain.
+"""From a volume to its maps: encode once, draw hypotheses, decide, probe. `trustmap.prediction` goes on from there.
 
 Slices go through in chunks of one static size, split over the mesh; only slices in which the one-step prediction sees
 any foreground are sampled and probed. Nothing recompiles per case as long as the padded in-plane size stays.
 """
 
 import functools
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,29 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
-from scipy.special import expit, logit
 
 from entrust_jax.baselines.unet import UNet, over_members
-from entrust_jax.data import pipeline, preprocess, resampling
+from entrust_jax.data import pipeline
 from entrust_jax.data.preprocess import Volume
-from entrust_jax.data.resampling import Lattice
 from entrust_jax.enfuse.encoder import Evidence
 from entrust_jax.layers import apply
 from entrust_jax.model import Condition, EnTrust
 from entrust_jax.runtime.mesh import round_to_devices
 from entrust_jax.segdiff import sampler as segdiff_sampler
 from entrust_jax.segdiff.sampler import Sampler
-from entrust_jax.trustmap import case, explanation, pixels, probing, rungs, statistics
+from entrust_jax.trustmap import case, prediction, probing, statistics
+from entrust_jax.trustmap.prediction import STACKED, Raw
 
 ACTIVE = 0.005  # a slice is sampled when p_1 of foreground exceeds this somewhere in the body
 CHUNK = 8  # slices per compiled call, at most, before rounding up to the number of devices
 OUTSIDE = 10.0  # logit of background outside the body, and minus that of every other class
 MEMBERS = 8  # hypotheses that are in memory at once within a call
-# Maps with an axis of modalities or pairs; it comes first in a Raw.
-STACKED = ("kappa_pairs", "support", "unimodal", "attribution", "delta_modality", "counterfactual")
 DRAWN = ("mean", "entropy", "within", "divergence", "disagreement", "gap")  # maps that the hypotheses make
 
-Raw = dict[str, Any]
 _DATA, _WHOLE = PartitionSpec("data"), PartitionSpec()
 
 
@@ -298,7 +293,7 @@ def examine(
         maps[name] = np.moveaxis(maps[name], 1, 0)
     raw = _crop(maps | {"hypotheses": labels, "label": label}, volume)
     return raw | {
-        "border": border(raw["label"], volume.spacing, volumetric=False),
+        "border": prediction.border(raw["label"], volume.spacing, volumetric=False),
         "predicted_dice": decision["predicted_dice"],
         "action": decision["action"],
         "sampled": active[kept],
@@ -327,7 +322,7 @@ def examine_unet(
     members = members[kept]
     raw = _crop(of_members(members, tau), volume)
     return raw | {
-        "border": border(raw["label"], volume.spacing, volumetric=False),
+        "border": prediction.border(raw["label"], volume.spacing, volumetric=False),
         "predicted_dice": expected_dice(raw["mean"], raw["label"]),
         "action": float(tau),
         "kept": kept,
@@ -344,14 +339,6 @@ def of_members(members: np.ndarray, tau: float) -> dict[str, np.ndarray]:
     found = statistics.statistics(jnp.asarray(members), jnp.asarray(mean))
     maps |= {name: np.asarray(found[name]) for name in ("entropy", "within", "divergence", "disagreement")}
     return maps | {"hypotheses": np.moveaxis(np.argmax(members, axis=-1).astype(np.uint8), 1, 0)}
-
-
-def border(label: np.ndarray, spacing: tuple[float, ...], volumetric: bool) -> np.ndarray:
-    """Signed distance [d h w] to the mask's border in voxels: of each slice; for a network on volumes of the volume, in
-
-    millimetres divided by the finest spacing.
-    """
-    return pixels.signed_distance_mm(label, spacing) / min(spacing) if volumetric else pixels.signed_distance(label)
 
 
 def unprobed(label: np.ndarray, modalities: int) -> dict[str, np.ndarray]:
@@ -427,122 +414,3 @@ def _crop(maps: dict[str, np.ndarray], volume: Volume) -> dict[str, np.ndarray]:
         name: value[:, :, :height, :width] if name in leading else value[:, :height, :width]
         for name, value in maps.items()
     }
-
-
-def calibrated(raw: Raw, present: np.ndarray, chosen: str, params: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    """(p before calibration [d h w k], p_cal, e [d h w]) of an examined case under a fitted rung of the ladder.
-
-    By few slices at a time: the head's features of a whole scan would be as large as all else that is said of it.
-    """
-    before, error = np.empty(raw["mean"].shape, np.float32), np.empty(raw["label"].shape, np.float32)
-    after = before if chosen == "identity" else np.empty_like(before)
-    for start in range(0, len(error), rungs.SLICES):
-        part = slice(start, start + rungs.SLICES)
-        maps = {
-            name: value[:, part] if name in (*STACKED, "hypotheses") else value[part]
-            for name, value in raw.items()
-            if isinstance(value, np.ndarray) and value.ndim > 2
-        }
-        one_step, mean = pixels.log_probability(maps["one_step"]), pixels.log_probability(maps["mean"])
-        nothing = np.zeros((*maps["label"].shape, 0), np.float32)
-        before[part], error[part] = rungs.apply("identity", {}, nothing, one_step, mean, maps["label"])
-        if chosen != "identity":
-            inputs = pixels.features(maps, present)[0] if chosen == "head" else nothing
-            after[part], error[part] = rungs.apply(chosen, params, inputs, one_step, mean, maps["label"])
-    return before, after, error
-
-
-def carried(raw: Raw, examined: Volume, scan: Volume) -> Raw:
-    """What was said of a case on its working grid, on the scan's own grid (`resampling.moved`).
-
-    The label is decided again, by the same action on the maps as they lie here: the same threshold of p_bar, or the
-    same hypothesis. The error probability follows it: 1 - p_cal[label], with what the calibrator adds to its logit.
-    Ours.
-    """
-    source, target = resampling.lattice_of(examined), resampling.lattice_of(scan)
-    error = np.clip(raw["error_probability"], pixels.FLOOR, 1 - pixels.FLOOR)
-    addition = logit(error) - _log_odds_against(raw["probability"], raw["label"])
-    found = {}
-    for name, value in (raw | {"addition": addition}).items():
-        if name == "sampled":  # one value a slice
-            value = resampling.moved(value, *(Lattice(one.sizes[:1], one.spacing[:1]) for one in (source, target)))
-        elif isinstance(value, np.ndarray):
-            value = resampling.moved(value, source, target, first=int(name in (*STACKED, "hypotheses")))
-        found[name] = value
-    action = raw["action"]
-    by_threshold = isinstance(action, float)
-    found["label"] = case.threshold_action(found["mean"], action) if by_threshold else found["hypotheses"][action]
-    error = _log_odds_against(found["probability"], found["label"]) + found.pop("addition")
-    return found | {"error_probability": expit(error)}
-
-
-def _log_odds_against(p: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """logit(1 - p[label]), from the sum of the other classes: 1 - p would cancel where the label is sure."""
-    own = np.arange(p.shape[-1]) == label[..., None]
-    ours, others = (np.maximum(np.sum(p, axis=-1, where=mask), pixels.FLOOR) for mask in (own, ~own))
-    return np.log(others) - np.log(ours)
-
-
-def finish(
-    raw: Raw,
-    volume: Volume,
-    *,
-    scan: Volume,
-    chosen: str,
-    params: dict[str, np.ndarray],
-    modalities: tuple[str, ...],
-    classes: tuple[str, ...],
-    regions: dict[str, tuple[int, ...]],
-    volumetric: bool,
-    started: float,
-) -> dict[str, Any]:
-    """Calibrates, explains and sums up an examined case: the prediction that report and metrics read.
-
-    scan: the case on the grid that the prediction is wanted on; `volume` itself where it was examined there.
-    volumetric: whether the network sees volumes, for `border`.
-    """
-    before, p_cal, e = calibrated(raw, volume.present, chosen, params)
-    raw = {name: value for name, value in raw.items() if name not in ("kept", "slice_weight")}
-    raw |= {"probability_raw": before, "probability": p_cal, "error_probability": e}
-    if scan is not volume:
-        raw, volume = carried(raw, volume, scan), scan
-        raw["border"] = border(raw["label"], scan.spacing, volumetric)
-    e = raw["error_probability"] * volume.body
-    out = {name: value for name, value in raw.items() if name not in ("action", "border")}
-    out |= {"present": volume.present, "error_probability": e}
-    evidence: dict[str, Any] = {}
-    shown = preprocess.shown(volume)
-    if "conflict" in raw:
-        conflict = raw["conflict"]
-        if not shown.all():  # windows of volumes hear a scan that ends, and a scan that is not there contradicts nobody
-            first, second = np.triu_indices(len(shown), 1)
-            both = (shown[first] & shown[second])[:, :, None, None]
-            conflict = np.minimum(conflict, np.max(raw["kappa_pairs"] * both, axis=0, initial=0.0))
-        out["conflict"] = conflict * volume.body  # outside the body there is nothing to contradict
-        sampling = [size / min(volume.spacing) for size in volume.spacing] if volumetric else None
-        ways = explanation.outline_distances(e, raw["label"], volume.body, sampling)
-        out["cause"] = explanation.cause(e, conflict, raw["support"], *ways, raw["border"], volume.body, shown)
-        evidence = {
-            "cause": out["cause"],
-            "conflict_pairs": raw["kappa_pairs"],
-            "support": raw["support"],
-            "unimodal": raw["unimodal"],
-            "attribution": raw["attribution"],
-            "counterfactual": raw["counterfactual"],
-            "conflict_uncertainty": raw["conflict_uncertainty"],
-        }
-    out["records"] = explanation.records(e, raw["label"], volume.spacing, modalities, classes, shown, **evidence)
-    voxel_ml = float(np.prod(volume.spacing)) / 1000
-    out["regions"] = case.volumes(raw.get("hypotheses", raw["label"][None]), regions, voxel_ml)
-    out["trust"] = case.trust(
-        e,
-        raw["probability"],
-        raw["label"],
-        volume.body,
-        voxel_ml,
-        raw["predicted_dice"],
-        out.get("conflict"),
-        raw.get("gap"),
-    )
-    out["seconds"] = time.perf_counter() - started
-    return out

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from entrust_jax import inference, model, windows
 from entrust_jax.baselines import unet
 from entrust_jax.data.preprocess import Volume
+from entrust_jax.trustmap.prediction import Raw
 
 
 def network_of(config: Any) -> model.EnTrust | unet.UNet:
@@ -76,7 +77,7 @@ def examine_with(
     volume: Volume,
     slices: int | None = None,
     probed: bool = True,
-) -> inference.Raw:
+) -> Raw:
     """`api.examine` for parameters that are not in a working folder yet (the trainer's calibration stage)."""
     rooms = windows if volumetric(config) else inference
     shared = {"model": network, "mesh": devices, "slices": slices} | extent(config)

@@ -19,7 +19,7 @@ from jaxtyping import Array
 from entrust_jax import inference
 from entrust_jax.baselines.unet import UNet
 from entrust_jax.data.preprocess import Volume
-from entrust_jax.inference import ACTIVE, DRAWN, STACKED, Raw, groups
+from entrust_jax.inference import ACTIVE, DRAWN, groups
 from entrust_jax.layers import apply
 from entrust_jax.model import Condition, EnTrust
 from entrust_jax.runtime import memory
@@ -27,7 +27,8 @@ from entrust_jax.runtime.mesh import AXIS, batch_sharding, replicated
 from entrust_jax.segdiff import sampler as segdiff_sampler
 from entrust_jax.segdiff import volume as lattices
 from entrust_jax.segdiff.sampler import Denoise, Sampler
-from entrust_jax.trustmap import case, statistics
+from entrust_jax.trustmap import case, prediction, statistics
+from entrust_jax.trustmap.prediction import STACKED, Raw
 
 Size = tuple[int, ...]
 _DATA, _WHOLE = PartitionSpec(AXIS), PartitionSpec()
@@ -267,7 +268,7 @@ def estimate(
     """About how much memory predicting a scan takes, beside the parameters and the scan, in bytes (ours).
 
     The most that is held at once in one of six stages: the looks at windows, the hypotheses, the probes, the maps'
-    way back into the scan, what `inference.finish` makes of them on the grid that the network sees, and their way onto
+    way back into the scan, what `prediction.finish` makes of them on the grid that the network sees, and their way onto
     the scan's own grid where that is another; HOLES of it in all. Of the programs, what the compiler reserves on all
     devices. All windows that touch the body are taken to be sampled. volume: the case on the grid that the network
     sees; scan: on its own.
@@ -493,7 +494,7 @@ def thinned(raw: Raw, volume: Volume, slices: int | None) -> Raw:
     """Of the maps of a whole scan those slices that calibration wants (`inference.keep`), or all."""
     active = inference.active_slices(raw["one_step"], volume.body)
     kept, weight = inference.keep(active, volume.body, slices)
-    raw = raw | {"border": inference.border(raw["label"], volume.spacing, True)}
+    raw = raw | {"border": prediction.border(raw["label"], volume.spacing, True)}
     if slices is not None:
         raw = {name: value.take(kept, axis=int(name in (*AHEAD, "hypotheses"))) for name, value in raw.items()}
     return raw | {"sampled": active[kept], "kept": kept, "slice_weight": weight}

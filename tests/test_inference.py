@@ -20,7 +20,7 @@ from entrust_jax.model import EnTrust
 from entrust_jax.runtime.mesh import data_mesh
 from entrust_jax.segdiff import sampler as segdiff_sampler
 from entrust_jax.segdiff.sampler import Sampler
-from entrust_jax.trustmap import explanation, pixels, rungs
+from entrust_jax.trustmap import explanation, prediction
 from entrust_jax.trustmap.case import threshold_action
 
 M, K, N, DEPTH, SIZE = 2, 3, 3, 8, 16
@@ -184,7 +184,7 @@ def test_a_missing_modality_leaves_everything_finite(raw, missing):
 
 
 def finish(found, case, scan=None, volumetric=False):
-    return inference.finish(
+    return prediction.finish(
         found, case, scan=scan or case, chosen="identity", params={}, modalities=("A", "B"),
         classes=("background", "core", "rim"), regions={"all": (1, 2), "core": (1,)},
         volumetric=volumetric, started=time.perf_counter(),
@@ -226,22 +226,6 @@ def test_what_was_said_on_a_working_grid_is_carried_to_the_scan(raw, action):
     assert abs(ml[1] - ml[0]) < 0.05 * np.prod(shape) * 1e-3
 
 
-def test_a_head_that_moves_the_error_moves_it_on_the_scan_too(raw):
-    """What the calibrator adds to the logit of e goes along with the label that it is about."""
-    examined = made_up.slices()
-    scan = on_grid(examined, np.ones((DEPTH, 2 * SIZE - 2, SIZE - 3), bool), (3.0, 0.5, 1.0))
-    p = np.full((DEPTH, SIZE - 1, SIZE - 3, K), (0.2, 0.7, 0.1), np.float32)
-    label = np.ones(p.shape[:-1], np.uint8)
-    error = np.full(label.shape, 1 / (1 + np.exp(-(np.log(0.3 / 0.7) - 0.5))), np.float32)
-    said = {"probability": p, "mean": p, "label": label, "error_probability": error, "action": 0.5}
-    np.testing.assert_allclose(inference.carried(said, examined, scan)["error_probability"], error[0, 0, 0], atol=1e-5)
-    said["action"] = 0.9  # background now, of which p_cal has .2
-    found = inference.carried(said, examined, scan)
-    assert not found["label"].any()
-    expected = 1 / (1 + np.exp(-(np.log(0.8 / 0.2) - 0.5)))
-    np.testing.assert_allclose(found["error_probability"], expected, atol=1e-5)
-
-
 def test_a_model_of_one_modality_has_no_conflict_and_gives_all_credit_to_it():
     case = made_up.slices()
     case = dataclasses.replace(
@@ -255,7 +239,7 @@ def test_a_model_of_one_modality_has_no_conflict_and_gives_all_credit_to_it():
     )
     assert found["kappa_pairs"].shape[0] == 0 and not found["conflict"].any() and not found["delta_conflict"].any()
     assert found["attribution"].shape == (1, *case.body.shape) and np.abs(found["attribution"]).max() > 0
-    done = inference.finish(
+    done = prediction.finish(
         found, case, chosen="identity", params={}, modalities=("CT",), classes=("background", "core", "rim"),
         regions={"all": (1, 2)}, volumetric=False, started=time.perf_counter(), scan=case,
     )  # fmt: skip
@@ -311,7 +295,7 @@ def test_in_a_volume_an_outline_is_as_near_as_its_millimetres(raw, volumetric):
     doubtful = dict(raw) | {
         "label": label, "one_step": p, "mean": p, "support": np.zeros_like(raw["support"]),
         "conflict": np.full_like(raw["conflict"], 0.5), "kappa_pairs": np.full_like(raw["kappa_pairs"], 0.5),
-        "border": inference.border(label, case.spacing, volumetric),
+        "border": prediction.border(label, case.spacing, volumetric),
     }  # fmt: skip
     given = finish(doubtful, case, volumetric=volumetric)["cause"]
     np.testing.assert_array_equal(given[2, 8, 10:13], explanation.BOUNDARY)
@@ -420,26 +404,3 @@ def test_pmap_of_the_sampler_draws_the_same_hypotheses(chunk, raw):
     assert members.shape == (8, N, SIZE - 1, SIZE - 3, K)
     labels = np.moveaxis(np.argmax(members, axis=-1), 1, 0)
     assert np.mean(labels != raw["hypotheses"]) < 2e-3
-
-
-@pytest.mark.parametrize("chosen", ["identity", "temperature", "head"])
-def test_a_scan_is_calibrated_by_parts_as_it_would_be_whole(chosen):
-    rng = np.random.default_rng(0)
-    space, present = (rungs.SLICES + 3, 6, 5), np.array([True, False])
-    scalar = ("entropy", "divergence", "within", "conflict", "js", "delta_conflict", "gap", "border")
-    raw = {name: rng.random(space).astype(np.float32) for name in scalar}
-    raw |= {name: rng.dirichlet(np.ones(K), space).astype(np.float32) for name in ("one_step", "mean")}
-    raw |= {"delta_modality": rng.random((M, *space)).astype(np.float32), "label": rng.integers(0, K, space)}
-    raw |= {"hypotheses": rng.integers(0, K, (N, *space)), "sampled": np.ones(space[0], bool), "action": 0.5}
-    inputs, names = pixels.features(raw, present)
-    noisy = {
-        name: np.asarray(value + 0.3 * rng.normal(size=value.shape))
-        for name, value in rungs.initial(chosen, K, len(names), KEY).items() if chosen != "identity"
-    } | {"center": np.zeros(len(names), np.float32), "scale": np.ones(len(names), np.float32)}  # fmt: skip
-    before, after, error = inference.calibrated(raw, present, chosen, noisy)
-    one_step, mean = (pixels.log_probability(raw[name]) for name in ("one_step", "mean"))
-    expected = rungs.apply(chosen, noisy, inputs, one_step, mean, raw["label"])
-    plain, _ = rungs.apply("identity", {}, inputs, one_step, mean, raw["label"])
-    for found, wanted in zip((before, after, error), (plain, *expected), strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
-    assert (np.abs(after - before).max() > 1e-3) == (chosen != "identity")

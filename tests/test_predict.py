@@ -20,10 +20,11 @@ from ml_collections import ConfigDict
 from scipy.spatial.transform import Rotation
 
 import entrust_jax
-from entrust_jax import inference, predict
+from entrust_jax import predict
 from entrust_jax.data import layouts, preprocess, resampling
 from entrust_jax.errors import UserError
 from entrust_jax.report import output as report
+from entrust_jax.trustmap import prediction
 
 if "hypotheses" not in flags.FLAGS:
     predict.define_flags()
@@ -362,15 +363,15 @@ def label_of(files: dict[str, Path], output: Path, spacing: tuple[float, ...]) -
     p = np.stack([1 - p, p], axis=-1).astype(np.float32)
     raw = {"one_step": p, "mean": p, "label": (p[..., 1] > 0.5).astype(np.uint8), "action": 0.5}
     raw |= {"entropy": np.zeros(p.shape[:-1], np.float32), "predicted_dice": 0.9}
-    raw["border"] = inference.border(raw["label"], seen.spacing, volumetric=False)
-    prediction = inference.finish(
+    raw["border"] = prediction.border(raw["label"], seen.spacing, volumetric=False)
+    found = prediction.finish(
         raw, seen, scan=volume, chosen="identity", params={}, modalities=("T1", "FLAIR"),
         classes=("background", "lesion"), regions={"lesion": (1,)}, volumetric=False,
         started=time.perf_counter(),
     )  # fmt: skip
     with mock.patch.object(report.figures, "overview", lambda path, *_, **__: path.write_bytes(b"PNG")):
         report.write_prediction(
-            output, prediction, volume, name="unit", method="unet", modalities=("T1", "FLAIR"), reference="FLAIR",
+            output, found, volume, name="unit", method="unet", modalities=("T1", "FLAIR"), reference="FLAIR",
             classes=("background", "lesion"), label_map=((0, 0), (7, 1)), regions={"lesion": (1,)}, hypotheses=False,
             versions={},
         )  # fmt: skip

@@ -29,7 +29,7 @@ from entrust_jax.report import curves, markdown
 from entrust_jax.runtime import logs, mesh
 from entrust_jax.training.calibration_data import calibration_set
 from entrust_jax.training.stages import plan_stages
-from entrust_jax.trustmap import calibration, case, pixels
+from entrust_jax.trustmap import calibration, case, pixels, prediction
 
 HYPOTHESES = 24
 SLICES = 32  # phantoms in one compiled call
@@ -130,10 +130,10 @@ def observe(model: api.Trained, volumes: list[Volume], hypotheses: int) -> Obser
         label = np.concatenate([case.dice_bayes(mean[None], own[:, None])[0] for mean, own in both])
         probes = inference.probe(model.params, evidence, piece, label.astype(np.int32), key, **static)
         raw = {name: np.asarray(value) for name, value in {**maps, **drawn, **probes}.items()}
-        raw |= {"label": label, "border": inference.border(label, volumes[0].spacing, volumetric=False)}
-        for name in inference.STACKED:
+        raw |= {"label": label, "border": prediction.border(label, volumes[0].spacing, volumetric=False)}
+        for name in prediction.STACKED:
             raw[name] = np.moveaxis(raw[name], 1, 0)
-        _, probability, error = inference.calibrated(raw, volumes[0].present, model.rung, model.calibration)
+        _, probability, error = prediction.calibrated(raw, volumes[0].present, model.rung, model.calibration)
         parts.append(
             Observation(
                 one_step=raw["one_step"],

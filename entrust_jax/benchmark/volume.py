@@ -23,6 +23,7 @@ from entrust_jax.errors import UserError
 from entrust_jax.runtime import memory, mesh
 from entrust_jax.segdiff import schedule
 from entrust_jax.segdiff import volume as lattices
+from entrust_jax.trustmap import prediction
 
 GIGABYTE = 2**30
 CLOSE = 1e-2  # of D, which lies in [-b, b]; where b is below .1, a tenth of b, .05 of the probability
@@ -60,7 +61,7 @@ def measure(config: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
     seconds = []
     for _ in range(2):
         began = time.perf_counter()
-        found = inference.finish(
+        found = prediction.finish(
             api.examine_with(config, network, params, devices, 0.5, volume), volume,
             scan=volume, chosen="identity", params={}, modalities=tuple(config.data.modalities),
             classes=tuple(config.data.classes), regions=dict(config.data.regions), volumetric=True, started=began,

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from entrust_jax import inference, networks
+from entrust_jax import networks
 from entrust_jax.data import preprocess
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.runtime import logs
 from entrust_jax.trustmap import calibration, pixels
+from entrust_jax.trustmap.prediction import Raw
 
 
 def calibration_set(
@@ -27,7 +28,7 @@ def calibration_set(
     return join(slices)
 
 
-def calibration_slices(raw: inference.Raw, volume: Volume, patient: int, seed: int) -> calibration.CalibrationSet:
+def calibration_slices(raw: Raw, volume: Volume, patient: int, seed: int) -> calibration.CalibrationSet:
     """The examined slices of one case, with importance-sampled pixels; for R raters R times, at 1 / R of the weight."""
     kept = raw["kept"]
     body, labels = volume.body[kept], preprocess.labels_of(volume)
