@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from entrust_jax import features, inference, model, windows
+from entrust_jax import features, footprint, inference, model, windows
 from entrust_jax.baselines import unet
 from entrust_jax.data import dataset, preprocess, resampling, splits
 from entrust_jax.data.preprocess import Volume
@@ -313,8 +313,8 @@ def memory_in_words(trained: Trained, volume: Volume) -> str | None:
     if not volumetric(trained.config) or isinstance(network, unet.UNet):
         return None
     config = trained.config
-    return windows.in_words(
-        windows.estimate(
+    return footprint.in_words(
+        footprint.estimate(
             trained.params, resampling.at_spacing(volume, trained.spacing), scan=volume,
             model=network, sampler=inference.sampler_of(config), mesh=trained.mesh,
             hypotheses=config.diffusion.hypotheses, **extent(config),

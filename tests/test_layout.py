@@ -45,7 +45,18 @@ MATHS_LIBRARIES = {
     "typing",
     "warnings",
 }
-JOINED = ("layers", "model", "inference", "windows", "features", "networks", "training", "api", "baselines")
+JOINED = (
+    "layers",
+    "model",
+    "inference",
+    "windows",
+    "footprint",
+    "features",
+    "networks",
+    "training",
+    "api",
+    "baselines",
+)
 NETWORKS = ("flax", *(f"entrust_jax.{name}" for name in (*PARTS, *JOINED)))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import made_up
-from entrust_jax import inference, windows
+from entrust_jax import footprint, inference, windows
 from entrust_jax.baselines.unet import UNet
 from entrust_jax.data.preprocess import Volume
 from entrust_jax.model import EnTrust
@@ -164,14 +164,14 @@ def test_memory_is_said_beforehand_and_hardly_grows_with_hypotheses(raw):
     """Of one more hypothesis its labels stay: a byte a voxel, on the lattice or in the scan."""
     options = {"model": MODEL, "sampler": SAMPLER, "mesh": data_mesh(jax.devices()[:1]), "window": WINDOW, "unit": UNIT}
     case = volume()
-    few, many = (windows.estimate(params(), case, scan=case, hypotheses=n, **options) for n in (4, 16))
+    few, many = (footprint.estimate(params(), case, scan=case, hypotheses=n, **options) for n in (4, 16))
     most = max(windows.frame(case, WINDOW, UNIT).scan["body"].size, case.body.size)
-    assert 0 <= many["bytes"] - few["bytes"] <= 12 * windows.HOLES * most + 1
+    assert 0 <= many["bytes"] - few["bytes"] <= 12 * footprint.HOLES * most + 1
     kept = sum(value.nbytes for value in raw.values() if isinstance(value, np.ndarray))
     assert few["stages"]["way back"] > kept and few["bytes"] >= max(few["stages"].values())
-    assert windows.in_words(few).startswith(f"{few['windows']} windows of 4 x 8 x 8 voxels, 4 hypotheses: about ")
+    assert footprint.in_words(few).startswith(f"{few['windows']} windows of 4 x 8 x 8 voxels, 4 hypotheses: about ")
     # Where the network sees a coarser grid than the scan's, the maps' way onto that counts.
     fine = made_up.volume(np.repeat(np.repeat(case.body, 4, axis=1), 4, axis=2))
-    other = windows.estimate(params(), case, scan=fine, hypotheses=4, **options)
+    other = footprint.estimate(params(), case, scan=fine, hypotheses=4, **options)
     assert few["stages"]["own grid"] == 0 < other["stages"]["own grid"] == max(other["stages"].values())
     assert other["stages"]["own grid"] > 16 * kept

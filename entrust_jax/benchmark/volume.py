@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from entrust_jax import api, inference, model, networks, windows
+from entrust_jax import api, footprint, inference, model, networks, windows
 from entrust_jax.baselines import unet
 from entrust_jax.data import resampling
 from entrust_jax.data.body import coordinates
@@ -47,17 +47,17 @@ def measure(config: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
     """Seconds and peak memory of predicting one scan of this shape with the config's network; run once a process.
 
     From the scan in memory to maps, reasons and volumes, without a calibrator. The second run has everything compiled.
-    estimate: what `windows.estimate` says before it.
+    estimate: what `footprint.estimate` says before it.
     """
     network, devices = model.build(config), mesh.data_mesh()
     params = jax.jit(lambda: api.init_params(config, jax.random.key(0)), out_shardings=mesh.replicated(devices))()
     volume = head(shape, len(config.data.modalities))
     resting = memory.peak()
-    estimate = windows.estimate(
+    estimate = footprint.estimate(
         params, volume, scan=volume, model=network, sampler=inference.sampler_of(config), mesh=devices,
         hypotheses=config.diffusion.hypotheses, **api.extent(config),
     )  # fmt: skip
-    print(windows.in_words(estimate), flush=True)
+    print(footprint.in_words(estimate), flush=True)
     seconds = []
     for _ in range(2):
         began = time.perf_counter()
