@@ -140,7 +140,7 @@ def load(workdir: Path | str) -> Trained:
     try:
         meta = json.loads(meta_path.read_text())
         tau, rung = float(meta["tau"]), str(meta["chosen"])
-        changed = changed_thresholds(meta.get("thresholds", {}))
+        changed = changed_thresholds(dict(meta.get("thresholds", {})))
         with np.load(values) as file:
             params = {name: file[name] for name in file.files}
     except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:

@@ -147,6 +147,10 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def add(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def widen(path):
     config = json.loads(path.read_text())
     config["unet"]["widths"] = [4, 8, 12]
@@ -164,6 +168,7 @@ def widen(path):
         (lambda run: truncate(run / "calibration.npz"), ["calibration.npz", "damaged", "run train again"]),
         (lambda run: (run / "calibration.npz").write_bytes(b""), ["calibration.npz", "damaged"]),
         (lambda run: (run / "calibration.json").write_text("{}"), ["calibration", "damaged"]),
+        (lambda run: add(run / "calibration.json", thresholds=["5"]), ["calibration", "damaged"]),
         (lambda run: truncate(run / "conformal.json"), ["conformal.json", "damaged", "remove it"]),
         (lambda run: (run / "conformal.json").write_text("{}"), ["conformal.json", "damaged"]),
         (lambda run: (run / "splits.json").unlink(), ["splits.json"]),
