@@ -127,58 +127,86 @@ def trace_of_windows(trained: api.Trained, volume: Volume) -> dict[str, Any]:
 
 
 def seams(trained: api.Trained, volume: Volume) -> dict[str, Any]:
-    """Labels that change across seams beside those that change elsewhere.
+    """Labels that change across seams, planes where some window begins or ends, beside those that change elsewhere.
 
-    ratio: neighbours of different labels across the planes where some window begins or ends, over as many as there
-    would be at the rate of all other planes of the same axis, in the body, over all hypotheses (aim: at most 1.2). By
-    axis, for slices lie farther apart than the voxels in them. The planes are those of all windows that touch the body,
-    sampled or not. ratio_to_blocks: over as many as there would be at the rate of those other planes before which a
-    coarsest voxel begins, as it does before every window: labels that show the network's blocks are no seams.
-    ratio_of_the_label: `ratio` of the case's own label, which no window has seen: what the place of the planes alone
-    does. None where nothing changes elsewhere.
+    ratio: neighbours of different labels across these planes over as many as there would be at the rate of all other
+    planes of the same axis, in the body, over all hypotheses (aim: at most 1.2). By axis, for slices lie farther apart
+    than the voxels in them. The planes are those of all windows that touch the body, sampled or not. What the place of
+    the planes alone does is in it, as in ratio_of_the_label, the same of the case's own label, which no window has
+    seen; so is what the network does before every coarsest voxel, for there windows begin. ratio_to_moved has neither:
+    labels that change across these planes over those that do when windows begin a coarsest voxel elsewhere (`moved`),
+    and the other way round; planes of both lattices are left out. None where nothing changes in the denominator.
     """
-    around = windows.frame(volume, **networks.extent(trained.config))
-    at = lattices.origins(around.scan["body"], around.window, around.unit)
-    labels = api.examine(trained, volume, probed=False)["hypotheses"]
-    ends = borders(around, at)
+    unit = networks.coarsest(trained.config)
+    labels, ends, count = hypotheses(trained, volume)
+    others, elsewhere, _ = hypotheses(trained, moved(volume, unit))
+    elsewhere = [{plane - n for plane in planes} for planes, n in zip(elsewhere, unit, strict=True)]
+    others = others[:, *(slice(n, None) for n in unit)]
     truth = labels[:0] if volume.label is None else volume.label[None]
-    (across, expected), own = (changes(one, volume.body, around, ends) for one in (labels, truth))
-    _, beside = changes(labels, volume.body, around, ends, around.unit)
+    seen, again, own = (changes(one, volume.body) for one in (labels, others, truth))
+    (across, expected), (own_across, own_expected) = (beside_others(one, ends) for one in (seen, own))
+    here, there = ([one - two for one, two in zip(*two, strict=True)] for two in ((ends, elsewhere), (elsewhere, ends)))
+    at_seams, without = (at_planes(a, here) + at_planes(b, there) for a, b in ((seen, again), (again, seen)))
     return {
-        "windows": len(at),
+        "windows": count,
         "changes_across_seams": across,
         "expected": expected,
         "ratio": across / expected if expected else None,
-        "ratio_to_blocks": across / beside if beside else None,
-        "ratio_of_the_label": own[0] / own[1] if own[1] else None,
+        "ratio_of_the_label": own_across / own_expected if own_expected else None,
+        "ratio_to_moved": at_seams / without if without else None,
     }
 
 
-def changes(
-    labels: np.ndarray,
-    body: np.ndarray,
-    around: windows.Frame,
-    ends: Sequence[set[int]],
-    every: Sequence[int] = (1, 1, 1),
-) -> tuple[float, float]:
-    """Neighbours in the body with different labels [n d h w] across the planes `ends`, in one of n on average, and how
+def hypotheses(trained: api.Trained, volume: Volume) -> tuple[np.ndarray, list[set[int]], int]:
+    """Labels [n d h w], the voxels along each axis before which some window begins or ends, and how many there are."""
+    around = windows.frame(volume, **networks.extent(trained.config))
+    at = lattices.origins(around.scan["body"], around.window, around.unit)
+    ends = [{low + plane for plane in planes} for low, planes in zip(around.low, borders(around, at), strict=True)]
+    return api.examine(trained, volume, probed=False)["hypotheses"], ends, len(at)
 
-    many there would be at the rate of the other planes of each axis: all, or one in so many from the box's first on.
+
+def moved(volume: Volume, by: Sequence[int]) -> Volume:
+    """The same scan with `by` more voxels before it, whose windows begin as many earlier: one of air counts as body."""
+    more = [(n, 0) for n in by]
+    body = np.pad(volume.body, more)
+    body[tuple(int(np.flatnonzero(volume.body.any(axis=tuple({0, 1, 2} - {axis})))[0]) for axis in range(3))] = True
+    return dataclasses.replace(
+        volume,
+        image=np.pad(volume.image, [(0, 0), *more]),
+        body=body,
+        coordinates=np.pad(volume.coordinates, [*more, (0, 0)]),
+        label=None if volume.label is None else np.pad(volume.label, more),
+    )
+
+
+def changes(labels: np.ndarray, body: np.ndarray) -> list[np.ndarray]:
+    """Along each axis for every voxel but the first: neighbours in the body with different labels [n d h w] across the
+
+    plane before it, in one of n on average, and all neighbours there, [size - 1, 2].
     """
-    found = expected = 0.0
-    for axis, planes in enumerate(ends):
-        pairs = [np.moveaxis(x, axis, 0) for x in (body, *labels)]
-        both = pairs[0][1:] & pairs[0][:-1]
-        across, elsewhere = np.zeros(2), np.zeros(2)
-        for plane in range(len(both)):
-            changed = sum(int((one[plane] != one[plane + 1])[both[plane]].sum()) for one in pairs[1:])
-            at = plane + 1 - around.low[axis]
-            if at in planes or at % every[axis] == 0:
-                total = across if at in planes else elsewhere
-                total += (changed / max(len(labels), 1), int(both[plane].sum()))
-        found += across[0]
-        expected += across[1] * elsewhere[0] / max(elsewhere[1], 1)
-    return float(found), float(expected)
+    found = []
+    for axis in range(3):
+        inside, *each = (np.moveaxis(x, axis, 0) for x in (body, *labels))
+        both = inside[1:] & inside[:-1]
+        changed = sum(((one[1:] != one[:-1]) & both).sum(axis=(1, 2)) for one in each) / max(len(each), 1)
+        found.append(np.stack(np.broadcast_arrays(changed, both.sum(axis=(1, 2))), axis=-1).astype(float))
+    return found
+
+
+def at_planes(counted: Sequence[np.ndarray], planes: Sequence[set[int]]) -> float:
+    """Neighbours with different labels across these planes."""
+    return float(sum(rows[at - 1, 0] for rows, some in zip(counted, planes, strict=True) for at in some
+                     if 0 < at <= len(rows)))  # fmt: skip
+
+
+def beside_others(counted: Sequence[np.ndarray], planes: Sequence[set[int]]) -> tuple[float, float]:
+    """Neighbours with different labels across these planes, and how many there would be at the other planes' rate."""
+    expected = 0.0
+    for rows, some in zip(counted, planes, strict=True):
+        here = np.isin(np.arange(1, len(rows) + 1), list(some))
+        (_, pairs), (changed, others) = rows[here].sum(axis=0), rows[~here].sum(axis=0)
+        expected += pairs * changed / max(others, 1)
+    return at_planes(counted, planes), float(expected)
 
 
 def borders(around: windows.Frame, at: np.ndarray) -> list[set[int]]:

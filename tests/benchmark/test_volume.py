@@ -45,13 +45,24 @@ def head_of(shape):
     return dataclasses.replace(volume.head(shape, 2), body=np.ones(shape, bool), label=label)
 
 
+def stay(labels):
+    """What an `examine` says whose hypotheses [n d h w] are these wherever windows begin."""
+
+    def examine(trained, case, probed):
+        assert not probed
+        more = [(n - m, 0) for n, m in zip(case.body.shape, labels.shape[1:], strict=True)]
+        return {"hypotheses": np.pad(labels, [(0, 0), *more])}
+
+    return examine
+
+
 @pytest.fixture
 def seams_of(monkeypatch):
-    """seams_of(hypotheses): what the suite says of them; windows of 8 x 16 x 16 voxels in a scan of 8 x 32 x 32."""
+    """seams_of(examine): what the suite says; windows of 8 x 16 x 16 voxels in a scan of 8 x 32 x 32."""
     trained = trained_with((8, 16, 16), {}, widths=(4, 8), strides=((1, 2, 2), (2, 2, 2)))
 
-    def run(hypotheses):
-        monkeypatch.setattr(volume.api, "examine", lambda *_, **__: {"hypotheses": hypotheses})
+    def run(examine):
+        monkeypatch.setattr(volume.api, "examine", examine)
         return volume.seams(trained, head_of((8, 32, 32)))
 
     return run
@@ -60,27 +71,46 @@ def seams_of(monkeypatch):
 def test_a_planted_seam_is_found_and_noise_has_none(seams_of):
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 2, (8, 8, 32, 32)).astype(np.uint8)
-    found = seams_of(noise)
-    assert found["windows"] == 9 and 0.95 < found["ratio"] < 1.05
-    smooth = np.zeros_like(noise)
-    smooth[:, :, 16:] = 1  # where a window begins
-    assert seams_of(smooth)["ratio"] is None and seams_of(smooth)["changes_across_seams"] > 0
-    planted = noise.copy()
-    planted[:, :, 16] = 1 - planted[:, :, 15]
-    assert seams_of(planted)["ratio"] > 1.1
-    # What changes before every coarsest voxel (4 x 4 in a slice) is the network's blocks.
-    blocks = rng.integers(0, 2, (64, 8, 8, 8)).astype(np.uint8).repeat(4, axis=2).repeat(4, axis=3)
-    found_blocks = seams_of(blocks)
-    assert found_blocks["ratio"] > 3 and 0.9 < found_blocks["ratio_to_blocks"] < 1.1
+    found = seams_of(stay(noise))
+    assert found["windows"] == 9 and 0.95 < found["ratio"] < 1.05 and found["ratio_to_moved"] == 1
     # The label of head_of changes along no plane of the windows, and the hypotheses' ratio is not its business.
     assert found["ratio_of_the_label"] == 0
+    smooth = np.zeros_like(noise)
+    smooth[:, :, 16:] = 1  # where a window begins
+    found = seams_of(stay(smooth))
+    assert found["ratio"] is None and found["changes_across_seams"] > 0
+    planted = noise.copy()
+    planted[:, :, 16] = 1 - planted[:, :, 15]
+    assert seams_of(stay(planted))["ratio"] > 1.1
+
+
+def test_a_seam_goes_where_the_windows_go_and_a_border_stays(seams_of):
+    def examine(trained, case, probed):
+        found = np.random.default_rng(len(case.body)).integers(0, 2, (8, *case.body.shape)).astype(np.uint8)
+        found[:, :, 16] = 1 - found[:, :, 15]  # before it windows begin, of the scan and of the one that is moved
+        return {"hypotheses": found}
+
+    assert seams_of(examine)["ratio_to_moved"] > 1.05
+    blocks = np.random.default_rng(0).integers(0, 2, (64, 8, 8, 8)).astype(np.uint8).repeat(4, axis=2).repeat(4, axis=3)
+    found = seams_of(stay(blocks))  # what changes before every coarsest voxel, 4 x 4 in a slice, is the network's
+    assert found["ratio"] > 3 and found["ratio_to_moved"] == 1
+
+
+def test_a_moved_scan_is_the_same_scan():
+    head = volume.head((8, 20, 20), 2)
+    other = volume.moved(head, (2, 4, 4))
+    around, before = (volume.windows.frame(one, (8, 16, 16), (2, 4, 4)) for one in (other, head))
+    assert around.low == before.low and all(a > b for a, b in zip(around.size, before.size, strict=True))
+    np.testing.assert_array_equal(other.image[:, 2:, 4:, 4:], head.image)
+    assert other.body.sum() == head.body.sum() + 1
+    np.testing.assert_array_equal(other.body[2:, 4:, 4:], head.body)
 
 
 def test_slices_that_lie_farther_apart_are_no_seam(monkeypatch):
     """Windows end along D alone, where labels change more: every plane of D alike."""
     noise = np.random.default_rng(0).integers(0, 2, (8, 32, 16, 16)).astype(np.uint8)
     noise[:] = noise[:, :, :1, :1]  # constant in each slice, drawn slice by slice
-    monkeypatch.setattr(volume.api, "examine", lambda *_, **__: {"hypotheses": noise})
+    monkeypatch.setattr(volume.api, "examine", stay(noise))
     found = volume.seams(trained_with((16, 16, 16)), head_of((32, 16, 16)))
     assert found["windows"] == 3 and 0.6 < found["ratio"] < 1.5
 
