@@ -55,7 +55,8 @@ def cores() -> int:
 def _keep_memory() -> None:
     """Tells glibc to keep what is freed. By default it hands XLA's large temporaries back to the system after every
 
-    step, and faulting them in again takes a quarter of the step. Another C library is left as it is.
+    step, and faulting them in again takes a quarter of the step. It lasts until a 3-D scan is examined, which no
+    training step follows (`memory.give_back`). Another C library is left as it is.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:

@@ -15,8 +15,8 @@ from entrust_jax.windows import Size
 
 DISTANCES = 76  # bytes a voxel while distances to the border are measured: indices and offsets along three axes
 # What the process holds for a byte that is counted: a group's output stays while the next one is made, and what is not
-# large leaves holes in the heap. Measured once each on CPU: 1.25 with windows of 96, 1.29 with windows of 64. An
-# estimate that is too low costs a user his run.
+# large leaves holes in the heap. Measured once each on CPU: 1.25 with windows of 96, 1.29 with windows of 64
+# (docs/evidence). An estimate that is too low costs a user his run.
 HOLES = 1.35
 
 

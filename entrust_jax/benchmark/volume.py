@@ -135,7 +135,8 @@ def seams(trained: api.Trained, volume: Volume) -> dict[str, Any]:
     the planes alone does is in it, as in ratio_of_the_label, the same of the case's own label, which no window has
     seen; so is what the network does before every coarsest voxel, for there windows begin. ratio_to_moved has neither:
     labels that change across these planes over those that do when windows begin a coarsest voxel elsewhere (`moved`),
-    and the other way round; planes of both lattices are left out. None where nothing changes in the denominator.
+    and the other way round; planes of both lattices are left out. None where nothing changes in the denominator, or
+    most of the planes in the body are of both lattices, as with windows of one or two coarsest voxels.
     """
     unit = networks.coarsest(trained.config)
     labels, ends, count = hypotheses(trained, volume)
@@ -147,13 +148,14 @@ def seams(trained: api.Trained, volume: Volume) -> dict[str, Any]:
     (across, expected), (own_across, own_expected) = (beside_others(one, ends) for one in (seen, own))
     here, there = ([one - two for one, two in zip(*two, strict=True)] for two in ((ends, elsewhere), (elsewhere, ends)))
     at_seams, without = (at_planes(a, here) + at_planes(b, there) for a, b in ((seen, again), (again, seen)))
+    apart = 2 * in_body(seen, here) >= max(in_body(seen, ends), 1)
     return {
         "windows": count,
         "changes_across_seams": across,
         "expected": expected,
         "ratio": across / expected if expected else None,
         "ratio_of_the_label": own_across / own_expected if own_expected else None,
-        "ratio_to_moved": at_seams / without if without else None,
+        "ratio_to_moved": at_seams / without if apart and without else None,
     }
 
 
@@ -191,6 +193,12 @@ def changes(labels: np.ndarray, body: np.ndarray) -> list[np.ndarray]:
         changed = sum(((one[1:] != one[:-1]) & both).sum(axis=(1, 2)) for one in each) / max(len(each), 1)
         found.append(np.stack(np.broadcast_arrays(changed, both.sum(axis=(1, 2))), axis=-1).astype(float))
     return found
+
+
+def in_body(counted: Sequence[np.ndarray], planes: Sequence[set[int]]) -> int:
+    """How many of these planes lie between two voxels of the body."""
+    return sum(0 < at <= len(rows) and rows[at - 1, 1] > 0
+               for rows, some in zip(counted, planes, strict=True) for at in some)  # fmt: skip
 
 
 def at_planes(counted: Sequence[np.ndarray], planes: Sequence[set[int]]) -> float:

@@ -96,6 +96,14 @@ def test_a_seam_goes_where_the_windows_go_and_a_border_stays(seams_of):
     assert found["ratio"] > 3 and found["ratio_to_moved"] == 1
 
 
+def test_windows_of_two_voxels_of_the_coarsest_scale_can_not_be_moved(monkeypatch):
+    """They begin and end before every one of them, wherever the first is."""
+    noise = np.random.default_rng(0).integers(0, 2, (4, 8, 32, 32)).astype(np.uint8)
+    monkeypatch.setattr(volume.api, "examine", stay(noise))
+    trained = trained_with((4, 8, 8), {}, widths=(4, 8), strides=((1, 2, 2), (2, 2, 2)))
+    assert volume.seams(trained, head_of((8, 32, 32)))["ratio_to_moved"] is None
+
+
 def test_a_moved_scan_is_the_same_scan():
     head = volume.head((8, 20, 20), 2)
     other = volume.moved(head, (2, 4, 4))
