@@ -195,16 +195,21 @@ def changes(labels: np.ndarray, body: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-def in_body(counted: Sequence[np.ndarray], planes: Sequence[set[int]]) -> int:
-    """How many of these planes lie between two voxels of the body."""
-    return sum(0 < at <= len(rows) and rows[at - 1, 1] > 0
-               for rows, some in zip(counted, planes, strict=True) for at in some)  # fmt: skip
+def rows_at(counted: Sequence[np.ndarray], planes: Sequence[set[int]]) -> np.ndarray:
+    """The rows of `changes` at these planes of each axis, as far as they lie in the scan, [planes 2]."""
+    return np.concatenate(
+        [rows[sorted(at - 1 for at in some if 0 < at <= len(rows))] for rows, some in zip(counted, planes, strict=True)]
+    )
 
 
 def at_planes(counted: Sequence[np.ndarray], planes: Sequence[set[int]]) -> float:
     """Neighbours with different labels across these planes."""
-    return float(sum(rows[at - 1, 0] for rows, some in zip(counted, planes, strict=True) for at in some
-                     if 0 < at <= len(rows)))  # fmt: skip
+    return float(rows_at(counted, planes)[:, 0].sum())
+
+
+def in_body(counted: Sequence[np.ndarray], planes: Sequence[set[int]]) -> int:
+    """How many of these planes lie between two voxels of the body."""
+    return int(np.count_nonzero(rows_at(counted, planes)[:, 1]))
 
 
 def beside_others(counted: Sequence[np.ndarray], planes: Sequence[set[int]]) -> tuple[float, float]:
