@@ -31,7 +31,8 @@ def border(label: np.ndarray, spacing: tuple[float, ...], volumetric: bool) -> n
 def calibrated(raw: Raw, present: np.ndarray, chosen: str, params: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     """(p before calibration [d h w k], p_cal, e [d h w]) of an examined case under a fitted rung of the ladder.
 
-    By few slices at a time: the head's features of a whole scan would be as large as all else that is said of it.
+    By few slices at a time: the head's features of a whole scan, in columns and side by side, would take .7 of the
+    memory that all its maps do (192 and 265 bytes a voxel, four modalities and classes).
     """
     before, error = np.empty(raw["mean"].shape, np.float32), np.empty(raw["label"].shape, np.float32)
     after = before if chosen == "identity" else np.empty_like(before)
